@@ -1,0 +1,12 @@
+"""Where the packages lie; everything else is in pyproject.toml.
+
+The folder `kernels/` has no `__init__.py`: a top-level package named `kernels` would shadow Hugging Face's package of that
+name, which transformers imports. Its package is `sctd_kernels`, one level down.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=["sctd_kernels", *find_packages(include=["sctd_ds", "sctd_ds.*"])],
+    package_dir={"sctd_kernels": "kernels/sctd_kernels"},
+)
