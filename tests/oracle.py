@@ -1,0 +1,328 @@
+"""The method once more, as plainly as it can be said: float64, one sequence at a time, no masks, nothing shared.
+
+A second specification to test the package against, so it imports nothing from it. Where the package masks padding, the
+oracle never sees it: a sequence here *is* its real tokens. Where the package shares the first layers between the two
+passes, the oracle runs each pass from the embeddings on. Layers are numbered from 1, as in the paper.
+
+Covers Hugging Face's `BertForMaskedLM` (post-norm, erf GELU, decoder tied to the word embeddings) without dropout.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+ALWAYS_KEPT = 1e4
+WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
+DECODER_BIAS = "cls.predictions.bias"
+TIED = {"cls.predictions.decoder.weight": WORD_EMBEDDINGS, "cls.predictions.decoder.bias": DECODER_BIAS}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a state_dict does not tell: layers, heads, LayerNorm's epsilon, the id whose embedding row is frozen."""
+
+    layers: int
+    heads: int
+    norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+
+
+@dataclass(frozen=True)
+class Method:
+    """The settings of the method that one forward pass depends on. `step` is the 1-based optimizer step."""
+
+    mode: str = "align"  # dense | drop | align
+    drop_ratio: float = 0.5
+    kl_weight: float = 0.05
+    objective: str = "paper"  # paper | released
+    kl_reduction: str = "labels"  # labels | mean
+    align_on: str = "cls"  # cls | mean | kept
+    align_schedule: str = "interval"  # interval | spread
+    interval: int = 10
+    step: int | None = None
+
+    @property
+    def detach_teacher(self) -> bool:
+        """The paper's teacher learns from its own cross-entropy only; the released code also bends it by the KL."""
+        return self.objective == "paper"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: `input_ids`, `labels` (-100 where there is none) and, where given, `attention_mask` and
+    `token_type_ids`, each [B, S] int64."""
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor | None = None
+    token_type_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one micro-batch gives.
+
+    `loss` and its `gradients` by parameter name; `label_losses`, the (label, loss) pairs of the pass that feeds the
+    importance table; `kept`, the kept positions of each sequence; and the parts of the loss, `ce_full` None where no
+    full pass is learned from.
+    """
+
+    loss: float
+    gradients: dict[str, Tensor]
+    label_losses: list[tuple[int, float]]
+    kept: list[list[int]]
+    ce_dropped: float
+    ce_full: float | None
+    kl: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Selection (section 2, "Selection")
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kept_count(length: int, drop_ratio: float) -> int:
+    """K = S - floor(S * drop_ratio); S is the padded length of the batch."""
+    return length - math.floor(length * drop_ratio)
+
+
+def select(table: Sequence[float], ids: Sequence[int], real: Sequence[int], count: int) -> list[int]:
+    """The `count` real positions with the highest scores, in position order; all of them where there are fewer.
+
+    `ids` are the corrupted input ids. Position 0 ([CLS]) outranks everything; of two equals the earlier one is kept.
+    """
+    ranked = sorted(real, key=lambda p: (-math.inf if p == 0 else -float(table[ids[p]]), p))
+    return sorted(ranked[:count])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BERT, one sequence: states are [n, d], one row per token
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bert:
+    """Weights by state_dict name and the sizes; every method works on one sequence."""
+
+    weights: Mapping[str, Tensor]
+    sizes: Sizes
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1, keepdim=True)
+        scale, shift = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return centred / torch.sqrt(variance + self.sizes.norm_eps) * scale + shift
+
+    def embed(self, ids: Sequence[int], types: Sequence[int], positions: Sequence[int]) -> Tensor:
+        rows = []
+        for token, kind, position in zip(ids, types, positions, strict=True):
+            word = self.weights[WORD_EMBEDDINGS][token]
+            if token == self.sizes.pad_token_id:
+                word = word.detach()  # nn.Embedding(padding_idx=...) learns nothing for this id through its lookup
+            kind_row = self.weights["bert.embeddings.token_type_embeddings.weight"][kind]
+            rows.append(word + kind_row + self.weights["bert.embeddings.position_embeddings.weight"][position])
+        return self.norm("bert.embeddings.LayerNorm", torch.stack(rows))
+
+    def layer(self, number: int, x: Tensor, source: Tensor) -> Tensor:
+        """Encoder layer `number`: queries, residual and feed-forward on `x`; keys and values from `source`."""
+        name = f"bert.encoder.layer.{number - 1}"
+        query = self.linear(f"{name}.attention.self.query", x)
+        key = self.linear(f"{name}.attention.self.key", source)
+        value = self.linear(f"{name}.attention.self.value", source)
+        width = x.shape[-1] // self.sizes.heads
+        heads = []
+        for head in range(self.sizes.heads):
+            part = slice(head * width, (head + 1) * width)
+            scores = query[:, part] @ key[:, part].T / math.sqrt(width)
+            heads.append(softmax(scores) @ value[:, part])
+        attended = self.linear(f"{name}.attention.output.dense", torch.cat(heads, dim=-1))
+        x = self.norm(f"{name}.attention.output.LayerNorm", attended + x)
+        hidden = gelu(self.linear(f"{name}.intermediate.dense", x))
+        return self.norm(f"{name}.output.LayerNorm", self.linear(f"{name}.output.dense", hidden) + x)
+
+    def full_pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens through all layers. Returns the outputs of layers l-1 and l."""
+        penultimate = x
+        for number in range(1, self.sizes.layers + 1):
+            penultimate, x = x, self.layer(number, x, x)
+        return penultimate, x
+
+    def dropped_pass(self, x: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Section 2, "Layers". `kept` indexes the rows of `x`. Returns layer l-1 (kept rows) and layer l (all rows)."""
+        last = self.sizes.layers
+        cross = last // 2
+        for number in range(1, cross):  # 1 .. l//2 - 1: all tokens
+            x = self.layer(number, x, x)
+        y = self.layer(cross, torch.stack([x[p] for p in kept]), x)  # l//2: kept tokens look at all tokens
+        for number in range(cross + 1, last):  # l//2 + 1 .. l - 1: kept tokens among themselves
+            y = self.layer(number, y, y)
+        returned = {p: y[slot] for slot, p in enumerate(kept)}
+        merged = torch.stack(
+            [returned.get(p, x[p]) for p in range(len(x))]
+        )  # the dropped ones as layer l//2 - 1 left them
+        return y, self.layer(last, merged, merged)
+
+    def token_losses(self, x: Tensor, labels: Sequence[int]) -> list[Tensor]:
+        """Cross-entropy of every labelled token of one sequence, in position order."""
+        losses = []
+        for state, label in zip(x, labels, strict=True):
+            if label == IGNORE:
+                continue
+            hidden = gelu(self.linear("cls.predictions.transform.dense", state))
+            hidden = self.norm("cls.predictions.transform.LayerNorm", hidden)
+            logits = self.weights[WORD_EMBEDDINGS] @ hidden + self.weights[DECODER_BIAS]
+            losses.append(torch.logsumexp(logits, dim=0) - logits[label])
+        return losses
+
+
+def softmax(x: Tensor) -> Tensor:
+    exponentials = torch.exp(x - x.max(dim=-1, keepdim=True).values.detach())
+    return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Semantic alignment (Eq. 2 and 3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)) over the d hidden units of one state, [d] and [d] -> scalar."""
+    log_p = teacher - torch.logsumexp(teacher, dim=0)
+    log_q = student - torch.logsumexp(student, dim=0)
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def sequence_divergence(
+    full: tuple[Tensor, Tensor], dropped: tuple[Tensor, Tensor], kept: Sequence[int], method: Method
+) -> Tensor:
+    """KL_{l-1} + KL_l of one sequence. Each pass is (layer l-1, layer l); the dropped pass has only `kept` at l-1."""
+    if method.detach_teacher:
+        full = (full[0].detach(), full[1].detach())
+    kept = list(kept)
+    if method.align_on == "cls":
+        return divergence(full[0][0], dropped[0][0]) + divergence(full[1][0], dropped[1][0])
+    if method.align_on == "mean":  # one mean state each: the kept tokens at l-1 in both passes, all tokens at l
+        local = divergence(full[0][kept].mean(0), dropped[0].mean(0))
+        return local + divergence(full[1].mean(0), dropped[1].mean(0))
+    if method.align_on == "kept":  # mean of the divergences of the kept tokens, at both layers
+        local = sum(divergence(full[0][p], dropped[0][slot]) for slot, p in enumerate(kept))
+        return (local + sum(divergence(full[1][p], dropped[1][p]) for p in kept)) / len(kept)
+    raise ValueError(f"align_on is cls, mean or kept, not {method.align_on!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objective (Eq. 1 and 4) and its gradient
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def aligned_rows(rows: int, method: Method) -> list[bool]:
+    """Which sequences of the micro-batch have the full pass beside the dropped one."""
+    if method.mode != "align":
+        return [False] * rows
+    if method.align_schedule == "interval":
+        return [True] * rows
+    assert method.step is not None, "the spread schedule needs the step"
+    return [(row + method.step) % method.interval == 0 for row in range(rows)]
+
+
+def run(
+    state_dict: Mapping[str, Tensor], sizes: Sizes, table: Sequence[float] | Tensor, batch: Batch, method: Method
+) -> Outcome:
+    """Loss and gradients of one micro-batch.
+
+    Args:
+        state_dict: of a `BertForMaskedLM` with tied decoder, any float dtype.
+        table: importance score of every vocabulary id, [V].
+    """
+    leaves = {name: w.detach().double().requires_grad_() for name, w in state_dict.items() if name not in TIED}
+    bert = Bert(leaves, sizes)
+    table = [float(score) for score in table]
+    length = batch.input_ids.shape[1]
+    count = kept_count(length, method.drop_ratio)
+    aligned = aligned_rows(len(batch.input_ids), method)
+
+    loss_sum = torch.zeros((), dtype=torch.float64)  # sums over sequences, weighted as Eq. 4 says
+    kl_sum = torch.zeros((), dtype=torch.float64)
+    dropped_sum, full_sum, labelled = 0.0, 0.0, 0
+    label_losses: list[tuple[int, float]] = []
+    all_kept: list[list[int]] = []
+
+    for row, ids in enumerate(batch.input_ids.tolist()):
+        mask = [1] * length if batch.attention_mask is None else batch.attention_mask[row].tolist()
+        types = [0] * length if batch.token_type_ids is None else batch.token_type_ids[row].tolist()
+        real = [p for p in range(length) if mask[p]]
+        labels = [batch.labels[row, p].item() for p in real]
+        assert real[0] == 0 and sum(label != IGNORE for label in labels) == (batch.labels[row] != IGNORE).sum()
+        x = bert.embed([ids[p] for p in real], [types[p] for p in real], real)
+
+        if method.mode == "dense":
+            kept = real
+            dropped = bert.full_pass(x)
+        else:
+            kept = select(table, ids, real, count)
+            dropped = bert.dropped_pass(x, [real.index(p) for p in kept])
+        all_kept.append(kept)
+        losses = bert.token_losses(dropped[1], labels)
+        row_loss = sum(losses, torch.zeros((), dtype=torch.float64))
+        labelled += len(losses)
+        dropped_sum += row_loss.item()
+        label_losses += zip([label for label in labels if label != IGNORE], [x.item() for x in losses], strict=True)
+
+        if aligned[row]:
+            full = bert.full_pass(x)
+            kl_sum = kl_sum + sequence_divergence(full, dropped, [real.index(p) for p in kept], method)
+            if method.objective == "paper":
+                full_loss = sum(bert.token_losses(full[1], labels), torch.zeros((), dtype=torch.float64))
+                full_sum += full_loss.item()
+                row_loss = row_loss / 2 + full_loss / 2
+        loss_sum = loss_sum + row_loss
+
+    # CE is the mean over labelled tokens; the KL is divided by the same number (Eq. 1's weighting) or by the sequences.
+    kl = kl_sum / (labelled if method.kl_reduction == "labels" else len(batch.input_ids))
+    loss = loss_sum / labelled + method.kl_weight * kl
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return Outcome(
+        loss=loss.item(),
+        gradients=dict(zip(leaves, gradients, strict=True)),
+        label_losses=label_losses,
+        kept=all_kept,
+        ce_dropped=dropped_sum / labelled,
+        ce_full=full_sum / labelled if any(aligned) and method.objective == "paper" else None,
+        kl=kl.item(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Importance (section 2, "Importance")
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def updated_table(
+    table: Sequence[float] | Tensor,
+    micro_batches: Iterable[Iterable[tuple[int, float]]],
+    decay: float,
+    keep_token_ids: Iterable[int],
+) -> list[float]:
+    """The table after one optimizer step whose micro-batches had these (label, loss of the dropped pass) pairs."""
+    by_label: dict[int, list[float]] = {}
+    for pairs in micro_batches:
+        for label, loss in pairs:
+            if math.isfinite(loss):
+                by_label.setdefault(label, []).append(loss)
+    after = [float(score) for score in table]
+    for label, losses in by_label.items():
+        after[label] = decay * after[label] + (1 - decay) * sum(losses) / len(losses)
+    for label in keep_token_ids:
+        after[label] = ALWAYS_KEPT
+    return after
