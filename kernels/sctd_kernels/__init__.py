@@ -1,0 +1,35 @@
+"""Kernels for token dropping: choose tokens, move them out of a sequence and back, compare and score what comes out.
+
+    select_tokens        keep the K best-scored tokens of every sequence
+    gather_tokens        take the kept tokens out of a sequence
+    merge_tokens         put them back
+    softmax_kl           KL(softmax(teacher) || softmax(student)) of every row
+    token_cross_entropy  cross-entropy of every row
+    record_losses        sum losses per vocabulary id, exactly
+    update_scores        moving average of those losses
+
+Every function runs as a Triton kernel on a GPU and as plain torch elsewhere; `backend="triton"` or `"torch"` forces one.
+`sctd_kernels.reference` holds the torch twins, which define what the kernels compute.
+"""
+
+from sctd_kernels import reference
+from sctd_kernels.api import (
+    gather_tokens,
+    merge_tokens,
+    record_losses,
+    select_tokens,
+    softmax_kl,
+    token_cross_entropy,
+    update_scores,
+)
+
+__all__ = [
+    "gather_tokens",
+    "merge_tokens",
+    "record_losses",
+    "reference",
+    "select_tokens",
+    "softmax_kl",
+    "token_cross_entropy",
+    "update_scores",
+]
