@@ -1,0 +1,39 @@
+"""Token dropping with semantic-consistent learning (ScTD) for BERT pretraining on DeepSpeed."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from sctd_ds.config import ConfigError, ScTDConfig
+from sctd_ds.encoder import convert, importance, revert, set_mode
+
+if TYPE_CHECKING:
+    from sctd_ds.engine import ScTDEngine, initialize
+    from sctd_ds.export import export
+
+try:
+    __version__ = version("sctd_ds")
+except PackageNotFoundError:  # run from a checkout that is on the path but not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ConfigError",
+    "ScTDConfig",
+    "ScTDEngine",
+    "convert",
+    "export",
+    "importance",
+    "initialize",
+    "revert",
+    "set_mode",
+]
+
+_LAZY = {"initialize": "engine", "ScTDEngine": "engine", "export": "export"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import DeepSpeed only when it is used: `convert` and `set_mode` do without."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"sctd_ds.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'sctd_ds' has no attribute {name!r}")

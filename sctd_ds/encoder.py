@@ -1,0 +1,243 @@
+"""Where tokens go: the full and the dropped pass through a model's own layers, and the conversion that puts them to work.
+
+Legend: B rows, S tokens, K kept tokens, d hidden size, l layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sctd_kernels
+import torch
+from torch import Tensor, nn
+
+from sctd_ds.adapters import Adapter, Batch, find_adapter
+from sctd_ds.config import ScTDConfig
+from sctd_ds.importance import POLICIES, Importance
+from sctd_ds.schedule import MODES, LayerPlan, Mode, aligned_rows, kept_tokens
+
+logger = logging.getLogger(__name__)
+
+_STATE = "_sctd"
+
+
+@dataclass
+class Selection:
+    """Kept positions of each row, ascending: kept [B, K] int32; slot [B, S] int32, the place in `kept` or -1; mask [B, K]."""
+
+    kept: Tensor
+    slot: Tensor
+    mask: Tensor | None
+
+
+@dataclass
+class Pass:
+    """What the objective needs of one pass: states after layer l [B, S, d] and after layer l-1 [B, S or K, d]."""
+
+    last: Tensor
+    previous: Tensor
+
+
+class Encoder:
+    """Runs a model's layers over all tokens or over a selection. Holds no parameter."""
+
+    def __init__(self, adapter: Adapter, plan: LayerPlan | None) -> None:
+        self.adapter = adapter
+        self.plan = plan
+        self._layer: Callable[..., Tensor] = adapter.layer
+        self.compiled = False
+
+    def compile(self) -> None:
+        """Compile one layer; every layer shares the code, one graph per shape: (S, S), (K, S) and (K, K)."""
+        # Masked and unmasked, and the rows of a "spread" step, add to the three shapes; the default limit is 8.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        self._layer = torch.compile(self.adapter.layer, dynamic=False)
+        self.compiled = True
+
+    def prefix(self, batch: Batch) -> Tensor:
+        """Embedding and the layers before the cross layer, on all tokens: [B, S, d]."""
+        x = self.adapter.embed(batch)
+        for i in self.plan.full if self.plan else ():
+            x = self._run(i, x, x, batch.attention_mask)
+        return x
+
+    def full_suffix(self, x: Tensor, mask: Tensor | None) -> Pass:
+        """The remaining layers on all tokens. x: [B, S, d] from `prefix`; mask: [B, S] or None."""
+        previous = x
+        for i in range(self.plan.cross if self.plan else 0, len(self.adapter.layers)):
+            previous, x = x, self._run(i, x, x, mask)
+        return Pass(x, previous)
+
+    def dropped_suffix(self, x: Tensor, mask: Tensor | None, selection: Selection) -> Pass:
+        """The remaining layers, the middle ones on the kept tokens. x: [B, S, d] from `prefix`; mask: [B, S] or None."""
+        assert self.plan is not None
+        y = sctd_kernels.gather_tokens(x, selection.kept, selection.slot)
+        y = self._run(self.plan.cross, y, x, mask)
+        for i in self.plan.kept:
+            y = self._run(i, y, y, selection.mask)
+        merged = sctd_kernels.merge_tokens(x, y, selection.kept, selection.slot)
+        return Pass(self._run(self.plan.last, merged, merged, mask), y)
+
+    def _run(self, index: int, queries: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        layer = self.adapter.layers[index]
+        attend = None if mask is None else mask.bool()[:, None, None, :]
+        if not layer.training:
+            return self.adapter.layer(layer, queries, context, attend)
+        if getattr(layer, "gradient_checkpointing", False):
+            # The function is set by gradient_checkpointing_enable; a selection travels in as data, so it is never made twice.
+            return layer._gradient_checkpointing_func(self._layer, layer, queries, context, attend)
+        return self._layer(layer, queries, context, attend)
+
+
+class ScTD:
+    """Everything the method knows about one model: config, encoder, importance table, and what the next forward does."""
+
+    def __init__(self, model: nn.Module, config: ScTDConfig) -> None:
+        adapter = find_adapter(model)
+        plan = None if config.method == "dense" else LayerPlan(len(adapter.layers))
+        self.config = config
+        self.encoder = Encoder(adapter, plan)
+        self.importance: Importance = POLICIES[config.importance](
+            adapter.vocabulary, config, resolve_keep_ids(config, adapter.vocabulary)
+        )
+        self.mode: Mode = "dense" if config.method == "dense" else "drop"
+        self.step: int | None = None
+        self.parts: dict[str, Tensor] = {}
+        """Detached pieces of the last training forward's loss, on the device; see `objective.compute`."""
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.encoder.adapter
+
+    def select(self, batch: Batch) -> Selection:
+        """Choose the kept tokens of a micro-batch: once, never again in recomputation."""
+        keep = kept_tokens(batch.input_ids.shape[1], self.config.drop_ratio)
+        self.importance.to(batch.input_ids.device)
+        scores, ids = self.importance.selection(batch.input_ids)
+        kept, slot = sctd_kernels.select_tokens(scores, ids, keep, batch.attention_mask)
+        mask = None if batch.attention_mask is None else batch.attention_mask.gather(1, kept.long())
+        return Selection(kept, slot, mask)
+
+    def passes(self, batch: Batch, mode: Mode) -> tuple[Pass | None, Pass | None, Selection | None, range]:
+        """Run the passes of `mode`: (dropped, full, selection, rows of the full pass)."""
+        encoder, mask = self.encoder, batch.attention_mask
+        rows = range(batch.input_ids.shape[0])
+        prefix = encoder.prefix(batch)
+        if mode == "dense":
+            return None, encoder.full_suffix(prefix, mask), None, rows
+        selection = self.select(batch)
+        dropped = encoder.dropped_suffix(prefix, mask, selection)
+        if mode == "drop":
+            return dropped, None, selection, range(0)
+        chosen = aligned_rows(self.config, self.step, len(rows))
+        if not len(chosen):
+            return dropped, None, selection, chosen
+        if not self.config.shared_prefix:
+            prefix = encoder.prefix(take_rows(batch, chosen))
+        elif chosen != rows:
+            prefix = prefix[chosen.start :: chosen.step]
+        return dropped, encoder.full_suffix(prefix, take_rows(batch, chosen).attention_mask), selection, chosen
+
+
+def take_rows(batch: Batch, rows: range) -> Batch:
+    """The micro-batch's `rows`, as views."""
+    if rows == range(batch.input_ids.shape[0]):
+        return batch
+
+    def take(x: Any) -> Any:
+        per_row = isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == batch.input_ids.shape[0]
+        return x[rows.start :: rows.step] if per_row else x
+
+    embedding = {key: take(value) for key, value in batch.embedding.items()}
+    return Batch(take(batch.input_ids), take(batch.labels), take(batch.attention_mask), embedding, batch.return_dict)
+
+
+def convert(model: nn.Module, config: ScTDConfig | None = None) -> nn.Module:
+    """Teach `model` token dropping, in place: same object, same parameters, same state_dict keys.
+
+    Training forwards (which need labels) then return the method's objective as their loss; `model.eval()` is the untouched
+    model. Converting again replaces the configuration and keeps the importance table. Raises ValueError for a model
+    family without an adapter or with fewer than four layers.
+    """
+    state = ScTD(model, config or ScTDConfig())
+    previous: ScTD | None = getattr(model, _STATE, None)
+    if previous is None and "forward" in vars(model):
+        raise ValueError(
+            f"{type(model).__name__}.forward was replaced on this object: convert the model before anything wraps it"
+        )
+    if previous is not None and type(previous.importance) is type(state.importance):
+        state.importance.to(previous.importance.scores.device)
+        state.importance.load_state_dict(previous.importance.state_dict())
+    setattr(model, _STATE, state)
+    original = type(model).forward
+
+    # A bound method, and no closure over `model`: a deep copy of the model is converted by itself.
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return original(self, *args, **kwargs)
+        from sctd_ds import objective
+
+        state = state_of(self)
+        batch = state.adapter.batch(args, kwargs)
+        loss, state.parts = objective.compute(state, batch)
+        return state.adapter.output(loss, batch)
+
+    model.forward = types.MethodType(forward, model)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo `convert`: the model trains as it did before, and the importance table is gone."""
+    state_of(model)
+    del model.forward
+    delattr(model, _STATE)
+    return model
+
+
+def state_of(model: nn.Module) -> ScTD:
+    """The method's state of a converted model (or of an engine around one)."""
+    state = getattr(model, _STATE, None) or getattr(getattr(model, "module", None), _STATE, None)
+    if state is None:
+        raise ValueError(f"{type(model).__name__} is not converted: call sctd_ds.convert(model, config) first")
+    return state
+
+
+def set_mode(model: nn.Module, mode: Mode, step: int | None = None) -> None:
+    """What the next training forwards do: "dense", "drop" or "align". The engine sets it by itself.
+
+    step: the optimizer step being computed (1-based), which align_schedule="spread" needs to choose rows; without it
+    every row is aligned.
+    """
+    if mode not in MODES:
+        raise ValueError(f'mode="{mode}": expected one of {", ".join(MODES)}')
+    state = state_of(model)
+    if mode != "dense" and state.encoder.plan is None:
+        raise ValueError(f'mode="{mode}" needs a method that drops tokens; the model was converted with method="dense"')
+    state.mode, state.step = mode, step
+
+
+def importance(model: nn.Module) -> Importance:
+    """The importance policy of a converted model; `.scores` is its [V] fp32 table, writable."""
+    return state_of(model).importance
+
+
+def resolve_keep_ids(config: ScTDConfig, vocabulary: int) -> list[int]:
+    """Ids to pin. "auto" knows the two released English vocabularies; a run with a tokenizer passes its own ids."""
+    if config.keep_token_ids != "auto":
+        return config.keep_token_ids
+    if config.method == "dense" or config.importance == "random":
+        return []
+    if vocabulary in (30522, 28996):  # bert-base-uncased and -cased: UNK, CLS, SEP, MASK
+        return [100, 101, 102, 103]
+    logger.warning(
+        'sctd.keep_token_ids is "auto", but the special tokens of a vocabulary of %d ids are not known here: none is pinned. '
+        "Set it to the ids of UNK, CLS, SEP and MASK.",
+        vocabulary,
+    )
+    return []

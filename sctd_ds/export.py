@@ -1,0 +1,53 @@
+"""A plain Hugging Face folder out of a training engine or model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card: str | None = None) -> Path:
+    """Write a folder that AutoModelForMaskedLM.from_pretrained loads: fp32 weights, config, and tokenizer and card if given.
+
+    With an engine every rank must call this (ZeRO keeps the fp32 weights in shares); rank 0 writes. The folder appears
+    whole or not at all, and replaces one of the same name.
+    """
+    folder = Path(folder)
+    model: nn.Module = getattr(engine_or_model, "module", engine_or_model)
+    weights = full_precision_state(engine_or_model)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        # A fresh module of the plain class: no instance state of ours, and a config whose dtype is that of the weights.
+        with torch.random.fork_rng(devices=[]):
+            plain = type(model)(model.config)
+        plain.load_state_dict(weights)
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        plain.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
+def full_precision_state(engine_or_model: Any) -> dict[str, torch.Tensor]:
+    """The state_dict in fp32 on the CPU: from the optimizer's master weights where there are any. Collective on an engine."""
+    model: nn.Module = getattr(engine_or_model, "module", engine_or_model)
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    if hasattr(engine_or_model, "module"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if hasattr(parameter, "_hp_mapping"):
+                state[name] = safe_get_full_fp32_param(parameter)
+    return {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in state.items()}

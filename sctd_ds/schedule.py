@@ -1,0 +1,130 @@
+"""When steps align, where tokens go, how many are kept, and what that costs: pure functions of the configuration.
+
+Layers are counted from 0 here; the paper and the README count from 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sctd_ds.config import ConfigError, ScTDConfig
+
+Mode = Literal["dense", "drop", "align"]
+MODES: tuple[Mode, ...] = ("dense", "drop", "align")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Which of the `layers` encoder layers see which tokens (DESIGN: 12 layers -> 1-5 full, 6 cross, 7-11 kept, 12 full)."""
+
+    layers: int
+
+    def __post_init__(self) -> None:
+        if self.layers < 4:
+            raise ConfigError(
+                f"the model has {self.layers} encoder layers, but token dropping needs at least 4: one full, one cross "
+                "(kept tokens attend to all), one kept-only and one last layer"
+            )
+
+    @property
+    def full(self) -> range:
+        """Layers on all tokens; dropped tokens leave with the output of the last of them."""
+        return range(self.cross)
+
+    @property
+    def cross(self) -> int:
+        """The layer whose queries are the kept tokens and whose keys and values are all tokens."""
+        return self.layers // 2 - 1
+
+    @property
+    def kept(self) -> range:
+        """Layers on the kept tokens alone."""
+        return range(self.cross + 1, self.layers - 1)
+
+    @property
+    def last(self) -> int:
+        """The layer where the dropped tokens come back."""
+        return self.layers - 1
+
+
+def kept_tokens(length: int, drop_ratio: float) -> int:
+    """K = S - floor(S * drop_ratio)."""
+    return length - math.floor(length * drop_ratio)
+
+
+def step_mode(config: ScTDConfig, step: int) -> Mode:
+    """What optimizer step `step` (1-based) does. With align_schedule "spread" every step aligns some of its rows."""
+    if config.method == "dense":
+        return "dense"
+    if config.method == "token_drop":
+        return "drop"
+    return "align" if config.align_schedule == "spread" or step % config.interval == 0 else "drop"
+
+
+def aligned_rows(config: ScTDConfig, step: int | None, rows: int) -> range:
+    """Rows of a micro-batch that an align step aligns: all, or with "spread" those with (row + step) % interval == 0."""
+    if config.align_schedule == "interval" or step is None:
+        return range(rows)
+    return range(-step % config.interval, rows, config.interval)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that decide the cost of a step: the encoder's, the row's, and the labelled tokens of a row."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    length: int
+    labels: int
+
+
+def sequence_flops(shape: Shape, config: ScTDConfig, mode: Mode, head_rows: int | None = None) -> float:
+    """Floating-point operations of one sequence, forward and backward (twice the forward).
+
+    A product of [m, k] and [k, n] counts 2mkn; attention counts 4 * queries * keys * hidden; normalisation, activation and
+    softmax count nothing. head_rows: rows the output head runs on (default: the labelled ones). An "align" sequence with
+    the "spread" schedule is the average over a row that aligns and interval - 1 rows that do not.
+    """
+    d, f, s = shape.hidden, shape.intermediate, shape.length
+    k = kept_tokens(s, config.drop_ratio)
+
+    def layer(queries: int, keys: int) -> float:
+        return 4 * queries * d * d + 4 * keys * d * d + 4 * queries * d * f + 4 * queries * keys * d
+
+    rows = shape.labels if head_rows is None else head_rows
+    head = 2 * rows * d * (d + shape.vocabulary)
+    if mode == "dense":
+        return 3 * (shape.layers * layer(s, s) + head)
+    plan = LayerPlan(shape.layers)
+    prefix = len(plan.full) * layer(s, s)
+    dropped = layer(k, s) + len(plan.kept) * layer(k, k) + layer(s, s) + head
+    full = (shape.layers - len(plan.full)) * layer(s, s) + (0 if config.objective == "released" else head)
+    if mode == "drop":
+        return 3 * (prefix + dropped)
+    share = 1 / config.interval if config.align_schedule == "spread" else 1
+    return 3 * (prefix + dropped + share * (full + (0 if config.shared_prefix else prefix)))
+
+
+def align_share(config: ScTDConfig) -> float:
+    """Share of the optimizer steps whose mode is "align"."""
+    if config.method != "sctd":
+        return 0.0
+    return 1.0 if config.align_schedule == "spread" else 1.0 / config.interval
+
+
+def mean_cost(config: ScTDConfig, cost: dict[Mode, float]) -> float:
+    """Average over the schedule of a cost per mode: FLOPs or milliseconds."""
+    if config.method == "dense":
+        return cost["dense"]
+    share = align_share(config)
+    return (share * cost["align"] if share else 0.0) + ((1 - share) * cost["drop"] if share < 1 else 0.0)
+
+
+def flops_saved(shape: Shape, config: ScTDConfig) -> float:
+    """Fraction of the dense step's operations that the method saves on average."""
+    cost = {mode: sequence_flops(shape, config, mode) for mode in MODES}
+    return 1 - mean_cost(config, cost) / cost["dense"]
