@@ -1,0 +1,551 @@
+"""Text to a packed data set on disk, and back from disk.
+
+A built folder holds `train/` and `validation/` (Arrow, read memory-mapped), `tokenizer/` and `meta.json`, which is
+written last and lists every file: a folder without it, or that disagrees with it, is refused.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sctd_ds.data.sources import META, DataError, cut, documents, identity, size
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ALPHABET = 1000  # most frequent characters that a trained vocabulary can spell, as BERT's own trainer limits them
+BATCH_BYTES = 1 << 24  # of text or tokens that are handled at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What is known about a built data set; the content of its `meta.json`.
+
+    `fingerprint` is a hash of the tokenizer and of every row: the same text, tokenizer and settings give the same one
+    anywhere. Token counts leave out special tokens and separators. `files` maps each file to its size in bytes and
+    SHA-256.
+    """
+
+    format: int
+    fingerprint: str
+    seq_length: int
+    vocab_size: int
+    special_ids: dict[str, int]
+    documents: int
+    train_rows: int
+    validation_rows: int
+    train_tokens: int
+    validation_tokens: int
+    unknown_share: float
+    sources: list[str]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, tuple[int, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedData:
+    """A built data set: `train` and `validation` rows hold `input_ids`, int32 [seq_length]."""
+
+    path: Path
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+    meta: Meta
+
+
+def build(
+    sources: Sequence[str],
+    out: str | Path,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int = 30522,
+    lowercase: bool = True,
+    seq_length: int = 512,
+    validation_fraction: float = 0.01,
+    seed: int = 0,
+    text_column: str = "text",
+    num_proc: int = 1,
+    overwrite: bool = False,
+) -> Path:
+    """Tokenize text and pack it into full rows on disk.
+
+    Packing: the documents of a split are joined into one stream with [SEP] between them; the stream is cut every
+    `seq_length - 2` tokens, and each piece stands between [CLS] and [SEP]. A row may therefore begin or end inside a
+    document. No token is lost, and only the last row of a split is padded.
+
+    Validation is held out by document, those with the smallest hash of (seed, text) first, until they fill the wanted
+    share and at least one row; equal texts land on the same side, so nothing is in both splits.
+
+    Args:
+        sources: `.txt`, `.jsonl`, `.json` (each also `.gz`), `.parquet`, folders of them, a Hub data set
+            `owner/name[:config]` (its train split), or "python-docs[:2MB]", English that every Python installation
+            carries, of at most that size.
+        out: the folder to write. It appears complete or not at all.
+        tokenizer: folder or name of an existing tokenizer; None trains a WordPiece vocabulary on the text.
+        vocab_size, lowercase: of a trained tokenizer. Little text gives a smaller vocabulary.
+        seq_length: tokens per row, special tokens included.
+        validation_fraction: of all tokens, in [0, 1).
+        text_column: where a record has its text.
+        num_proc: processes that tokenize; 1 already uses all cores, as `tokenizers` is parallel.
+        overwrite: replace an older built data set at `out`; nothing else is ever replaced.
+
+    Returns:
+        `out`.
+
+    Raises:
+        DataError: the sources, the tokenizer, a setting or `out` will not do; nothing is left behind.
+    """
+    out = Path(out)
+    _check_settings(sources, out, vocab_size, seq_length, validation_fraction, seed, num_proc, overwrite)
+    for source in sources:
+        identity(source)  # all of them exist before hours go into the first
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        with _progress_bars_on_terminals_only(), tempfile.TemporaryDirectory(prefix="work.", dir=staging) as work:
+            given = _load_tokenizer(tokenizer) if tokenizer else None  # a bad one fails before hours of reading
+            texts = _read(sources, text_column, seed, Path(work))
+            tok = given or _train_tokenizer(texts, vocab_size, lowercase, seq_length)
+            tok.save_pretrained(staging / "tokenizer")
+            tokenized = _tokenize(texts, tok, num_proc, Path(work))
+            held_out = _hold_out(tokenized, validation_fraction, seq_length)
+            facts = _pack(tokenized, held_out, tok, seq_length, Path(work), staging)
+        settings = {
+            "tokenizer": tokenizer,
+            "lowercase": lowercase if tokenizer is None else None,
+            "vocab_size": vocab_size if tokenizer is None else None,
+            "validation_fraction": validation_fraction,
+            "seed": seed,
+            "text_column": text_column,
+        }
+        meta = Meta(
+            format=FORMAT,
+            seq_length=seq_length,
+            vocab_size=len(tok),
+            special_ids=_special_ids(tok),
+            documents=len(texts),
+            sources=list(sources),
+            settings=settings,
+            versions={name: importlib.metadata.version(name) for name in ("datasets", "tokenizers", "transformers")},
+            files={str(path.relative_to(staging)): _file_facts(path) for path in _regular_files(staging)},
+            **facts,
+        )
+        (staging / META).write_text(json.dumps(dataclasses.asdict(meta), indent=2) + "\n", encoding="utf-8")
+        staging.chmod(0o755)  # mkdtemp's folders are private
+        _put_in_place(staging, out, overwrite)
+    except OSError as error:
+        raise DataError(f"{out}: writing failed ({error.strerror or error}); nothing was kept") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def load(path: str | Path, *, seq_length: int | None = None, verify: bool = False) -> PackedData:
+    """Open a built data set, memory-mapped.
+
+    Every file's size is compared with `meta.json`, and the content of all but the Arrow files; `verify` compares those
+    too.
+
+    Raises:
+        DataError: not a built data set, incomplete, altered, or built for another `seq_length`.
+    """
+    from datasets import load_from_disk
+
+    path = Path(path)
+    meta = _read_meta(path)
+    if seq_length is not None and meta.seq_length != seq_length:
+        raise DataError(
+            f"{path}: built for seq_length {meta.seq_length}, but {seq_length} is wanted; "
+            f"build it again with --seq-length {seq_length}, or train with {meta.seq_length}"
+        )
+    for name, facts in meta.files.items():
+        file = path / name
+        if not file.is_file():
+            raise DataError(f"{path}: {name} is missing, the data set is incomplete; build it again")
+        if file.stat().st_size != facts[0] or ((verify or file.suffix != ".arrow") and _file_facts(file) != facts):
+            raise DataError(f"{path}: {name} is not as it was built (damaged or edited); build it again")
+    return PackedData(
+        path=path,
+        train=load_from_disk(str(path / "train")),
+        validation=load_from_disk(str(path / "validation")),
+        tokenizer=_load_tokenizer(str(path / "tokenizer")),
+        meta=meta,
+    )
+
+
+def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) -> Path:
+    """A built data set for whatever the user names: one that exists, or text, which is built once and found again later.
+
+    Text is recognised by the names, sizes and modification times of its files and by the options; any change builds
+    anew. Several processes may call this at once: one builds, the others wait for it.
+
+    Args:
+        spec: a built folder, or what `build` takes as sources.
+        cache_dir: where data sets built here are kept.
+        build_options: keyword arguments of `build`.
+    """
+    sources = [spec] if isinstance(spec, str) else list(spec)
+    if len(sources) == 1 and (Path(sources[0]) / META).is_file():
+        return Path(sources[0])
+    identities = [identity(source) for source in sources]
+    tokenizer = build_options.get("tokenizer")
+    if tokenizer and Path(tokenizer).is_dir():
+        facts = [(str(file), _file_facts(file)) for file in _regular_files(Path(tokenizer))]
+        identities.append([f"{name} {digest}" for name, (_, digest) in facts])
+    key = json.dumps([FORMAT, identities, sorted(build_options.items())], default=str)
+    out = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:16]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(out.with_suffix(".lock"), "w")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise DataError(f"{cache_dir}: cannot be written ({error.strerror}); choose another folder") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / META).is_file():
+            build(sources, out, **build_options)
+    return out
+
+
+# --- the steps of build ----------------------------------------------------------------------------------------------
+
+
+def _check_settings(
+    sources: Sequence[str],
+    out: Path,
+    vocab_size: int,
+    seq_length: int,
+    validation_fraction: float,
+    seed: int,
+    num_proc: int,
+    overwrite: bool,
+) -> None:
+    if isinstance(sources, str) or not sources:
+        raise DataError(f"sources must be a non-empty list of names, got {sources!r}")
+    if seq_length < 8:
+        raise DataError(f"seq_length must be at least 8, got {seq_length}")
+    if vocab_size <= len(SPECIAL_TOKENS):
+        raise DataError(f"vocab_size must be above the {len(SPECIAL_TOKENS)} special tokens, got {vocab_size}")
+    if not 0 <= validation_fraction < 1:
+        raise DataError(f"validation_fraction must lie in [0, 1), got {validation_fraction}")
+    if seed < 0 or num_proc < 1:
+        raise DataError(f"expected seed >= 0 and num_proc >= 1, got {seed=}, {num_proc=}")
+    _check_vacant(out, overwrite)
+
+
+def _check_vacant(out: Path, overwrite: bool) -> None:
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / META).is_file():
+        raise DataError(f"{out}: exists and is not a built data set, so it is never overwritten; choose another folder")
+    if not overwrite:
+        raise DataError(f"{out}: exists already; choose another folder, or replace it with --overwrite (overwrite=True)")
+
+
+def _put_in_place(staging: Path, out: Path, overwrite: bool) -> None:
+    if not (overwrite and (out / META).is_file()):
+        os.rename(staging, out)  # fails if somebody else was faster
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    os.rename(out, old)
+    try:
+        os.rename(staging, out)
+    except OSError:
+        os.rename(old, out)
+        raise
+    shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def _progress_bars_on_terminals_only() -> Iterator[None]:
+    """Our bars look for a terminal themselves; those of `datasets` have to be told."""
+    import datasets
+
+    silence = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if silence:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silence:
+            datasets.enable_progress_bars()
+
+
+def _read(sources: Sequence[str], text_column: str, seed: int, work: Path) -> datasets.Dataset:
+    """All documents as Arrow: `text`, and `key`, the hash that decides who is held out."""
+    from datasets import Dataset, Features, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    path = str(work / "documents.arrow")
+    features = Features({"text": Value("large_string"), "key": Value("int64")})
+    salt = seed.to_bytes(8, "little")
+    pending: dict[str, list] = {"text": [], "key": []}
+    held = 0
+    with (
+        ArrowWriter(features=features, path=path) as writer,
+        tqdm(desc="reading", total=sum(map(size, sources)) or None, unit="B", unit_scale=True, disable=None) as progress,
+    ):
+        for source in sources:
+            for text in documents(source, text_column):
+                data = text.encode()
+                key = hashlib.blake2b(data, digest_size=8, salt=salt).digest()
+                pending["text"].append(text)
+                pending["key"].append(int.from_bytes(key, "little", signed=True))
+                progress.update(len(data))
+                held += len(data)
+                if held >= BATCH_BYTES:
+                    writer.write_batch(pending)
+                    pending, held = {"text": [], "key": []}, 0
+        writer.write_batch(pending)
+        writer.finalize()
+    return Dataset.from_file(path)
+
+
+def _batch_size(rows: datasets.Dataset) -> int:
+    """Rows that make about BATCH_BYTES."""
+    return max(1, min(10_000, len(rows) * BATCH_BYTES // max(1, rows.data.nbytes)))
+
+
+def _texts(texts: datasets.Dataset) -> Iterator[list[str]]:
+    for batch in texts.select_columns("text").iter(batch_size=_batch_size(texts)):
+        yield batch["text"]
+
+
+def _train_tokenizer(texts: datasets.Dataset, vocab_size: int, lowercase: bool, seq_length: int) -> PreTrainedTokenizerBase:
+    """WordPiece over BERT's normalizer and pre-tokenizer, the same vocabulary in every run.
+
+    The trainer numbers symbols in the order of a hash map that is seeded anew in each process, and breaks ties between
+    merges by these numbers. So every symbol it starts from is given to it in a fixed order: characters, and their "##" forms.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizerFast
+
+    model = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    model.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+    counts: collections.Counter[str] = collections.Counter()
+    for batch in tqdm(_texts(texts), desc="characters", unit="batch", disable=None):
+        counts.update(model.normalizer.normalize_str("\n".join(batch)))
+    characters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:ALPHABET]
+    continuing = ["##" + c for c in sorted(characters) if len(model.pre_tokenizer.pre_tokenize_str("a" + c)) == 1]
+    least = len(SPECIAL_TOKENS) + len(characters) + len(continuing)
+    if vocab_size < least:
+        raise DataError(f"vocab_size {vocab_size} cannot even spell the characters of this text; give at least {least}")
+
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS + continuing,
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+        show_progress=sys.stderr.isatty(),
+    )
+    model.train_from_iterator(_texts(texts), trainer, length=len(texts))
+    return BertTokenizerFast(vocab=model.get_vocab(), do_lower_case=lowercase, model_max_length=seq_length)
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A fast tokenizer with all five special tokens; never from the network when `name` is a folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).exists())
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{name}: cannot be loaded as a tokenizer ({reason}); give a folder or a Hub name") from None
+    if not tokenizer.is_fast:
+        raise DataError(f"{name}: only fast tokenizers (tokenizer.json) are supported, got {type(tokenizer).__name__}")
+    if missing := [name for name, token_id in _special_ids(tokenizer).items() if token_id is None]:
+        raise DataError(f"{name}: the tokenizer has no {', '.join(missing)} token; masked-LM training needs all five")
+    return tokenizer
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    return {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "unk", "cls", "sep", "mask")}
+
+
+def _tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int, work: Path) -> datasets.Dataset:
+    """`ids` (int32, without special tokens), their `length`, and the document's `key`."""
+    from datasets import Features, List, Value
+
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # "[MASK]" in a text is text, not a mask
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        # Giant documents are encoded in pieces, and few pieces at a time: encodings need far more memory than their ids.
+        pieces = [list(cut(text)) for text in batch["text"]]
+        flat = [piece for document in pieces for piece in document]
+        encoded = iter(
+            encoding.ids
+            for start in range(0, len(flat), 1024)
+            for encoding in backend.encode_batch_fast(flat[start : start + 1024], add_special_tokens=False)
+        )
+        ids = [np.concatenate([np.array(next(encoded), dtype=np.int32) for _ in document]) for document in pieces]
+        return {"ids": ids, "length": [len(document) for document in ids]}
+
+    return texts.map(
+        encode,
+        batched=True,
+        batch_size=_batch_size(texts),
+        remove_columns=["text"],
+        features=Features({"key": Value("int64"), "ids": List(Value("int32")), "length": Value("int64")}),
+        num_proc=num_proc if num_proc > 1 else None,
+        cache_file_name=str(work / "tokens.arrow"),
+        new_fingerprint="tokens",
+        desc="tokenizing",
+    )
+
+
+def _hold_out(tokenized: datasets.Dataset, fraction: float, seq_length: int) -> np.ndarray:
+    """Which documents are validation: bool [documents]."""
+    columns = tokenized.select_columns(["key", "length"]).with_format("numpy")[:]
+    key, length = columns["key"], columns["length"]
+    total, row = int(length.sum()), seq_length - 2
+    wanted = max(fraction * total, row)
+    order = np.lexsort((key, length > wanted))  # a document that alone is more than enough comes last
+    filled = np.searchsorted(np.cumsum(length[order]), wanted)
+    held_out = np.isin(key, key[order[: filled + 1]])
+    if filled == len(order) or length[~held_out].sum() < row:
+        raise DataError(
+            f"too little text: {total} tokens in {len(length)} documents do not fill one training and one validation row "
+            f"of {seq_length}; give more text (documents are separated by blank lines), or a smaller seq_length"
+        )
+    return held_out
+
+
+class _Packer:
+    """Cuts one split's stream of tokens into rows and writes them."""
+
+    def __init__(self, path: Path, ids: dict[str, int], seq_length: int):
+        from datasets import Features, List, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        self.path, self.ids, self.seq_length = path, ids, seq_length
+        self.writer = ArrowWriter(features=Features({"input_ids": List(Value("int32"), length=seq_length)}), path=str(path))
+        self.digest = hashlib.sha256()
+        self.pending = np.empty(0, dtype=np.int32)
+        self.rows = self.tokens = self.unknown = 0
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: their tokens end to end, and how many each has."""
+        self.tokens += len(tokens)
+        self.unknown += np.count_nonzero(tokens == self.ids["unk"])
+        starts = np.cumsum(lengths) - lengths
+        first = self.rows == 0 and len(self.pending) == 0
+        stream = np.insert(tokens, starts[1:] if first else starts, self.ids["sep"])
+        stream = np.concatenate([self.pending, stream])
+        whole = len(stream) // (self.seq_length - 2) * (self.seq_length - 2)
+        self._write(stream[:whole])
+        self.pending = stream[whole:]
+
+    def close(self) -> None:
+        if len(self.pending):
+            self._write(self.pending)
+        self.writer.finalize()
+
+    def _write(self, stream: np.ndarray) -> None:
+        """Rows of a stream; only a stream shorter than one row is padded."""
+        import pyarrow
+
+        width = self.seq_length - 2
+        rows = np.full((-(-len(stream) // width), self.seq_length), self.ids["pad"], dtype="<i4")
+        rows[:, 0] = self.ids["cls"]
+        rows[:, 1 : 1 + min(width, len(stream))] = stream.reshape(len(rows), -1)
+        rows[:, 1 + min(width, len(stream))] = self.ids["sep"]
+        if len(rows):
+            self.writer.write_table(
+                pyarrow.table({"input_ids": pyarrow.FixedSizeListArray.from_arrays(rows.ravel(), self.seq_length)})
+            )
+        self.digest.update(rows.tobytes())
+        self.rows += len(rows)
+
+
+def _pack(
+    tokenized: datasets.Dataset,
+    held_out: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+    work: Path,
+    staging: Path,
+) -> dict[str, Any]:
+    """Write both splits in the documents' order; the counts and the fingerprint of `Meta`."""
+    from datasets import Dataset
+
+    ids = _special_ids(tokenizer)
+    packers = [_Packer(work / f"{split}.arrow", ids, seq_length) for split in ("train", "validation")]
+    start = 0
+    batches = tokenized.with_format("arrow").iter(batch_size=_batch_size(tokenized))
+    for table in tqdm(batches, desc="packing", unit="batch", disable=None):
+        lengths = table["length"].to_numpy()
+        tokens = table["ids"].combine_chunks().flatten().to_numpy()
+        in_validation = held_out[start : start + len(lengths)]
+        start += len(lengths)
+        for packer, chosen in zip(packers, (~in_validation, in_validation), strict=True):
+            chosen = chosen & (lengths > 0)
+            if chosen.any():
+                packer.add(tokens[np.repeat(chosen, lengths)], lengths[chosen])
+    for packer, split in zip(packers, ("train", "validation"), strict=True):
+        packer.close()
+        Dataset.from_file(str(packer.path)).save_to_disk(str(staging / split))
+    train, validation = packers
+    vocabulary = json.dumps([FORMAT, seq_length, ids, sorted(tokenizer.get_vocab().items())])
+    fingerprint = hashlib.sha256(vocabulary.encode() + train.digest.digest() + validation.digest.digest())
+    return {
+        "fingerprint": fingerprint.hexdigest(),
+        "train_rows": train.rows,
+        "validation_rows": validation.rows,
+        "train_tokens": train.tokens,
+        "validation_tokens": validation.tokens,
+        "unknown_share": (train.unknown + validation.unknown) / (train.tokens + validation.tokens),
+    }
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _regular_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _file_facts(path: Path) -> tuple[int, str]:
+    with open(path, "rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_meta(path: Path) -> Meta:
+    file = path / META
+    if not file.is_file():
+        raise DataError(f"{path}: not a built data set (no {META}); build one with `python -m sctd_ds.data build`")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields["files"] = {name: tuple(facts) for name, facts in fields["files"].items()}
+        meta = Meta(**fields)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{file}: damaged ({error}); build the data set again") from None
+    if meta.format != FORMAT:
+        raise DataError(f"{path}: format {meta.format}, this version reads {FORMAT}; build the data set again")
+    return meta

@@ -1,0 +1,344 @@
+"""Where text comes from: files, folders, the Hub, or the Python installation itself, as one stream of documents.
+
+What a document is: a block between blank lines of a `.txt` file, a record of `.jsonl`, `.json`, `.parquet` or a Hub
+data set, all docstrings of one module for "python-docs". A block without structure is cut at line ends or spaces every
+8,192 characters, so that one endless line costs no memory and can still be shared between training and validation.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import gzip
+import importlib.metadata
+import importlib.util
+import io
+import itertools
+import json
+import os
+import re
+import stat
+import sys
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+BLOCK = 8192  # characters of unstructured text that make one document
+CHUNK = 1 << 20  # bytes read at a time
+META = "meta.json"  # what makes a folder a built data set
+
+_BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_PYTHON_DOCS = re.compile(r"python-docs(?::(\d+(?:\.\d+)?)(KB|MB|GB))?", re.IGNORECASE)
+_HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(?::(?P<config>[\w.-]+))?")
+_RULER = re.compile(r"^[ \t]*([^\w\s])\1{2,}[ \t]*\n", re.MULTILINE)  # underlines of headings
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class DataError(ValueError):
+    """A problem with the user's data; its message is one line that names the place and the remedy."""
+
+
+def documents(source: str, text_column: str) -> Iterator[str]:
+    """The documents of one source, stripped and never empty.
+
+    Raises:
+        DataError: the source is missing, unreadable, not text, without the text column, or holds nothing.
+    """
+    found = False
+    for text in _open_source(source, text_column):
+        if text := text.strip():
+            found = True
+            yield text
+    if not found:
+        raise DataError(f"{source}: there is no text in it (empty or blank); give a source with text")
+
+
+def identity(source: str) -> list[str]:
+    """What a source was when it was read, without reading it: names, sizes and times of its files, or versions."""
+    if _PYTHON_DOCS.fullmatch(source):
+        return [source, sys.version, importlib.metadata.version("torch")]
+    if _is_hub(source):
+        return [source]
+    stats = [(path.resolve(), _stat(path)) for path in _files(source)]
+    return [f"{path} {facts.st_size} {facts.st_mtime_ns}" for path, facts in stats]
+
+
+def size(source: str) -> int:
+    """Bytes on disk, 0 where that is not known beforehand."""
+    if _PYTHON_DOCS.fullmatch(source) or _is_hub(source):
+        return 0
+    return sum(_stat(path).st_size for path in _files(source))
+
+
+def _open_source(source: str, text_column: str) -> Iterator[str]:
+    if match := _PYTHON_DOCS.fullmatch(source):
+        return _python_docs(int(float(match[1]) * _UNITS[match[2].upper()]) if match[1] else None)
+    if _is_hub(source):
+        return _hub(source, text_column)
+    return (text for path in _files(source) for text in _reader(path)(path, text_column))
+
+
+def _is_hub(source: str) -> bool:
+    """`owner/name[:config]` that cannot be meant as a path: a missing file must be an error, not a download."""
+    path = Path(source)
+    return bool(_HUB.fullmatch(source)) and not (path.exists() or path.parent.exists() or _kind(path) in _READERS)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _kind(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return "".join(suffixes if suffixes[-1:] == [".gz"] else suffixes[-1:])
+
+
+def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
+    if (kind := _kind(path)) not in _READERS:
+        raise DataError(f"{path}: unknown kind of file; expected one of {', '.join(_READERS)}")
+    return _READERS[kind]
+
+
+def _files(source: str) -> list[Path]:
+    """The file itself, or the text files below a folder in sorted order; hidden files and built data sets are passed over."""
+    root = Path(source).expanduser()
+    if not stat.S_ISDIR(_stat(root).st_mode):
+        _reader(root)
+        return [root]
+    if (root / META).exists():
+        raise DataError(f"{source}: already a built data set; give the text it was built from, or use it as it is")
+
+    def fail(error: OSError) -> None:
+        raise _unreadable(error.filename or root, error)
+
+    files = []
+    for folder, folders, names in os.walk(root, onerror=fail):
+        folders[:] = [f for f in folders if f[0] != "." and not (Path(folder) / f / META).exists()]
+        files += [Path(folder) / name for name in names if name[0] != "." and _kind(Path(name)) in _READERS]
+    if not files:
+        raise DataError(f"{source}: no text in this folder; expected files ending in {', '.join(_READERS)}")
+    return sorted(files)
+
+
+def _unreadable(path: str | Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror or error}); check the file and its permissions")
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            f"{path}: no such file or folder; give a path to text, 'python-docs', or a Hub data set 'owner/name'"
+        ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """Text of a UTF-8 file in chunks: byte-order mark dropped, line ends made \\n, gzip opened."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    offset = 0  # of the first byte that the decoder still holds
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+            while True:
+                data = file.read(CHUNK)
+                if offset == 0 and data.startswith(codecs.BOM_UTF8):
+                    data, offset = data[3:], 3
+                held = len(decoder.getstate()[0])
+                if (nul := data.find(b"\0")) >= 0:
+                    raise DataError(
+                        f"{path}: byte {offset + held + nul} is NUL, so this is not UTF-8 text but a binary file or UTF-16; "
+                        "convert it to UTF-8 first"
+                    )
+                try:
+                    text = decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{path}: not UTF-8 at byte {offset + error.start} (0x{error.object[error.start]:02x}); "
+                        "convert it first, e.g. `iconv -f LATIN1 -t UTF-8`"
+                    ) from None
+                offset += held + len(data) - len(decoder.getstate()[0])
+                yield newlines.decode(text, final=not data)
+                if not data:
+                    return
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three on a damaged file
+        raise _unreadable(path, error if isinstance(error, OSError) else OSError(str(error))) from None
+
+
+def cut(text: str) -> Iterator[str]:
+    """Pieces of at most BLOCK characters, cut at a line end if there is one, else at a space, else anywhere."""
+    while len(text) > BLOCK:
+        end = max(text.rfind("\n", 1, BLOCK), 0) or max(text.rfind(" ", 1, BLOCK), 0) or BLOCK
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
+def _text(path: Path, text_column: str) -> Iterator[str]:
+    rest = ""
+    for chunk in _decoded(path):
+        *blocks, rest = _BLANK_LINES.split(rest + chunk)
+        for block in blocks:
+            yield from cut(block)
+        *pieces, rest = cut(rest)
+        yield from pieces
+    yield rest
+
+
+def _lines(path: Path) -> Iterator[str]:
+    parts: list[str] = []
+    for chunk in _decoded(path):
+        first, *others = chunk.split("\n")
+        parts.append(first)
+        for line in others:
+            yield "".join(parts)
+            parts = [line]
+    yield "".join(parts)
+
+
+def _json_lines(path: Path, text_column: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield _field(_parsed(line, path, number), text_column, f"{path}, line {number}")
+
+
+def _json(path: Path, text_column: str) -> Iterator[str]:
+    """An array of objects, or JSON lines under the name of JSON."""
+    start = next((chunk.lstrip()[:1] for chunk in _decoded(path) if chunk.strip()), "")
+    if start != "[":
+        yield from _json_lines(path, text_column)
+        return
+    for number, record in enumerate(_parsed("".join(_decoded(path)), path, 1), start=1):
+        yield _field(record, text_column, f"{path}, record {number}")
+
+
+def _parsed(text: str, path: Path, line: int) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {line + error.lineno - 1}, column {error.colno}: not valid JSON ({error.msg}); "
+            "expected one object per line, or an array of objects in a .json file"
+        ) from None
+    except RecursionError:
+        raise DataError(f"{path}, line {line}: JSON nested too deeply; expected flat objects") from None
+
+
+def _field(record: object, column: str, place: str) -> str:
+    """The text of a record; null counts as empty, as exporters write it so."""
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: expected an object with a column '{column}', got {type(record).__name__}")
+    if column not in record:
+        raise DataError(f"{place}: no column '{column}'; there are {_names(record)}: choose one (text_column, --text-column)")
+    if not isinstance(text := record[column], str | None):
+        raise DataError(f"{place}: column '{column}' holds {type(text).__name__}, expected a string")
+    if text and _SURROGATE.search(text):
+        raise DataError(f"{place}: column '{column}' holds half a surrogate pair, which is not text; repair the record")
+    return text or ""
+
+
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in columns) or "none"
+
+
+def _parquet(path: Path, text_column: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if text_column not in columns:
+                raise DataError(
+                    f"{path}: no column '{text_column}'; there are {_names(columns)}: choose one (text_column, --text-column)"
+                )
+            for batch in file.iter_batches(batch_size=1000, columns=[text_column]):
+                for text in batch.column(0).to_pylist():
+                    yield _field({text_column: text}, text_column, str(path))
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _text,
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".txt.gz": _text,
+    ".jsonl.gz": _json_lines,
+    ".json.gz": _json,
+}
+
+
+# --- not files -------------------------------------------------------------------------------------------------------
+
+
+def _hub(source: str, text_column: str) -> Iterator[str]:
+    import datasets
+
+    match = _HUB.fullmatch(source)
+    assert match is not None
+    try:
+        rows = datasets.load_dataset(match["name"], match["config"], split="train", streaming=True)
+        for record in rows:
+            yield _field(record, text_column, source)
+    except DataError:
+        raise
+    except Exception as error:  # whatever a network, a server and a stranger's files can raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{source}: no such path here, and as a Hub data set it could not be read ({reason}); "
+            "check the name and the connection"
+        ) from None
+
+
+def _python_docs(limit: int | None) -> Iterator[str]:
+    """English that every Python installation carries, up to `limit` bytes of UTF-8.
+
+    The language reference (`pydoc_data.topics`), then the docstrings of the standard library, then those of torch.
+    Sources are parsed, never imported; each text comes once.
+    """
+    from pydoc_data.topics import topics
+
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    torch_spec = importlib.util.find_spec("torch")
+    assert torch_spec is not None and torch_spec.submodule_search_locations
+    modules = itertools.chain(_sources(stdlib), _sources(Path(torch_spec.submodule_search_locations[0])))
+    total = 0
+    seen: set[str] = set()
+    for text in itertools.chain((topics[name] for name in sorted(topics)), (_docstrings(path, seen) for path in modules)):
+        for piece in cut(_RULER.sub("", text)):
+            if limit is not None and total >= limit:
+                return
+            total += len(piece.encode())
+            yield piece
+
+
+def _sources(root: Path) -> list[Path]:
+    """Python files below a folder, without installed packages and tests, in an order that is the same everywhere."""
+    skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    return sorted(path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts))
+
+
+def _docstrings(path: Path, seen: set[str]) -> str:
+    """All docstrings of a file that are not in `seen`, one paragraph apart; a file that does not parse has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            return ""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and text not in seen:
+                seen.add(text)
+                found.append(text)
+    return "\n\n".join(found)
