@@ -257,7 +257,9 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             "use stage 2"
         )
     if config.get("pipeline") and stage >= 2:
-        raise ConfigError(f"a pipeline cannot run with zero_optimization.stage={stage} (DeepSpeed allows 0 and 1): use 1")
+        raise ConfigError(
+            f"a pipeline cannot run with zero_optimization.stage={stage} (DeepSpeed allows 0 and 1): use 1"
+        )
 
 
 def sctd_block(config: Any) -> dict[str, Any] | None:
@@ -313,8 +315,7 @@ def model_arguments(pretrain: PretrainConfig) -> dict[str, Any]:
 def _resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int]:
     """Fill in the missing one of the three batch keys; returns (micro batch, accumulation steps)."""
     total, micro, steps = (
-        config.get(key)
-        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        config.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     )
     steps = None if steps == "auto" else steps
     for key, value in (("train_batch_size", total), ("train_micro_batch_size_per_gpu", micro),
@@ -397,7 +398,9 @@ def _check_scheduler(config: Mapping[str, Any]) -> None:
     _only(block, ("type", "params"), "scheduler")
     name = block.get("type")
     if name not in lr_schedules.VALID_LR_SCHEDULES:
-        raise ConfigError(f'scheduler.type="{name}" is unknown{_did_you_mean(str(name), lr_schedules.VALID_LR_SCHEDULES)}')
+        raise ConfigError(
+            f'scheduler.type="{name}" is unknown{_did_you_mean(str(name), lr_schedules.VALID_LR_SCHEDULES)}'
+        )
     known = inspect.signature(getattr(lr_schedules, name)).parameters
     _only(block.get("params", {}), set(known) - {"optimizer"}, "scheduler.params")
 

@@ -26,11 +26,14 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
     model = getattr(engine_or_model, "module", engine_or_model)
     state = state_of(model)
     device = next(model.parameters()).device
-    sums: dict[str, Tensor] = {}
+    names = ["labels", "rows", "loss_full"]
+    if state.encoder.plan is not None:
+        names += ["loss_drop", "kl_last", "kl_previous", "cosine_last", "cosine_previous"]
+    sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
     def add(**values: Tensor) -> None:
         for name, value in values.items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=device)) + value.double()
+            sums[name] += value.double()
 
     training = model.training
     model.eval()
@@ -40,11 +43,12 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
             labelled = locate_labels(batch.labels, state.adapter.ignore_index, state.config.labels_per_row)
             prefix = state.encoder.prefix(batch)
             full = state.encoder.full_suffix(prefix, batch.attention_mask)
+            sums["rows"] += len(batch.input_ids)
             add(loss_full=token_losses(state, full, labelled).sum(), labels=labelled.count)
             if state.encoder.plan is None:
                 continue
             dropped = state.encoder.dropped_suffix(prefix, batch.attention_mask, state.select(batch))
-            add(loss_drop=token_losses(state, dropped, labelled).sum(), rows=torch.tensor(len(batch.input_ids)))
+            add(loss_drop=token_losses(state, dropped, labelled).sum())
             for name, teacher, student in (
                 ("last", full.last[:, 0], dropped.last[:, 0]),
                 ("previous", full.previous[:, 0], dropped.previous[:, 0]),
@@ -58,12 +62,12 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
 
 
 def _means(sums: dict[str, Tensor]) -> dict[str, float]:
-    names = sorted(sums)
-    total = torch.stack([sums[name] for name in names])
+    """Sums of all ranks divided by their counts. Every rank has the same names, also one without a batch."""
+    total = torch.stack(list(sums.values()))
     if dist.is_initialized():
         dist.all_reduce(total)
-    value = dict(zip(names, total.tolist(), strict=True))
-    labels, rows = value.pop("labels"), value.pop("rows", 1.0)
+    value = dict(zip(sums, total.tolist(), strict=True))
+    labels, rows = max(value.pop("labels"), 1.0), max(value.pop("rows"), 1.0)
     means = {name: x / (labels if name.startswith("loss") else rows) for name, x in value.items()}
     if "loss_drop" in means:
         means["gap"] = means["loss_drop"] - means["loss_full"]

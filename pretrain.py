@@ -1,0 +1,245 @@
+"""Pretrain a BERT with token dropping and semantic-consistent learning.
+
+    deepspeed pretrain.py --deepspeed_config ds_configs/tiny.json
+
+One JSON file describes the run: DeepSpeed's keys, a "sctd" block (the method) and a "pretrain" block (model, data, length).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+
+import sctd_ds
+from sctd_ds import checkpoint, config, data, probe, report
+from sctd_ds.encoder import state_of
+from sctd_ds.engine import NonFiniteLossError, TrainingError
+from sctd_ds.metrics import Metrics
+from sctd_ds.schedule import Shape, kept_tokens, mean_cost
+from sctd_ds.validation import validate
+
+logger = logging.getLogger("pretrain")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed pretrain.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every key of the file can be changed: --set sctd.interval=20 --set pretrain.steps=1000. A run that is stopped "
+        "(Ctrl-C, SIGTERM, a lost machine) continues exactly when the same command is started again. Exit status: 0 finished, "
+        "2 bad input, 3 training cannot go on, 143 stopped by a signal after a checkpoint.",
+    )  # fmt: skip
+    parser.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the run's JSON file")
+    parser.add_argument("--data", nargs="+", metavar="SOURCE", help="built data folder, or raw text: replaces pretrain.data")
+    parser.add_argument("--output", metavar="DIR", help="folder of the run: replaces pretrain.output (runs/NAME)")
+    parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto",
+                        help="auto: continue from the newest checkpoint in the run's folder, else start; must: refuse to "
+                        "start anew; never: refuse to continue")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="change one key of the file, dotted: sctd.interval=20; repeatable")  # fmt: skip
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY",
+                        help="on resume, accept another value of this key, for example pretrain.steps; repeatable")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true",
+                        help="check everything, build the model, time two steps of each kind, forecast the run; write nothing")  # fmt: skip
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    return parser.parse_args(argv)
+
+
+def build_model(run: config.RunConfig, packed: data.PackedData) -> transformers.BertForMaskedLM:
+    """The run's model in fp32, initialised from its seed and converted."""
+    tokenizer, multiple = packed.tokenizer, run.pretrain.pad_vocab_to
+    transformers.set_seed(run.pretrain.seed)
+    model = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            **config.model_arguments(run.pretrain),
+            vocab_size=-(-len(tokenizer) // multiple) * multiple,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    settings = {"labels_per_row": data.Masker(tokenizer, 0, run.pretrain.mlm_probability).labels_per_row(run.pretrain.seq_length)}
+    if run.sctd.keep_token_ids == "auto":
+        settings["keep_token_ids"] = [getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask")]
+    sctd_ds.convert(model, run.sctd.model_copy(update=settings))
+    wanted = run.pretrain.compile
+    if wanted is True or (wanted == "auto" and get_accelerator().device_name() == "cuda"):
+        state_of(model).encoder.compile()
+    return model
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed.init_distributed(verbose=False)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    run = config.load(arguments.deepspeed_config, arguments.overrides, world)
+    for note in run.notes:
+        logger.info("%s", note)
+    folder = Path(arguments.output or run.pretrain.output.format(name=run.name))
+    checkpoints = folder / "checkpoints"
+    found = None if arguments.dry_run else checkpoint.find(checkpoints, arguments.resume)
+
+    packed = prepare_data(arguments.data or run.pretrain.data, run)
+    masker = data.Masker(packed.tokenizer, run.pretrain.seed, run.pretrain.mlm_probability)
+    loader = data.Loader(packed.train, masker, micro_batch=run.micro_batch, accumulation=run.accumulation, rank=rank,
+                         world=world, seed=run.pretrain.seed, num_workers=run.pretrain.num_workers)  # fmt: skip
+    model = build_model(run, packed)
+    shape = Shape(model.config.num_hidden_layers, model.config.hidden_size, model.config.intermediate_size,
+                  model.config.vocab_size, run.pretrain.seq_length, masker.labels_per_row(run.pretrain.seq_length))  # fmt: skip
+    logger.info("%s: %.1fM parameters, %d rows of %d tokens to train on, %d to validate, %d ranks x %d rows x %d steps of accumulation",
+                run.name, sum(p.numel() for p in model.parameters()) / 1e6, len(packed.train), run.pretrain.seq_length,
+                len(packed.validation), world, run.micro_batch, run.accumulation)  # fmt: skip
+
+    repeats = 2 if arguments.dry_run else run.pretrain.probe_steps
+    measured = probe.measure(model, run, loader, repeats) if repeats else None
+    loader.load_state_dict({"position": 0})
+    if arguments.dry_run:
+        logger.info("dry run: everything fits. Nothing was written.\n%s", forecast(run, shape, measured, folder))
+        return 0
+
+    engine, *_ = sctd_ds.initialize(model=model, model_parameters=model.parameters(), config=run.deepspeed)
+    # Ranks start from the same weights and go on with dropout of their own.
+    torch.manual_seed(run.pretrain.seed + 1 + rank)
+    settings = {**run.flat(), "data.fingerprint": packed.meta.fingerprint}
+    if found:
+        position = checkpoint.load(engine, found, settings, tuple(arguments.allow_change))
+        loader.load_state_dict({"position": position})
+        logger.info("continuing from %s", found)
+
+    stopped = train(engine, loader, run, packed, masker, folder, settings)
+    if stopped:
+        logger.info("stopped by a signal after step %d; the same command continues", engine.applied_steps)
+        return 143
+    result = report.build(run, shape, measured, folder) if rank == 0 else {}
+    text = report.card(result, run, vars(packed.meta)) if rank == 0 else None
+    sctd_ds.export(engine, folder / "model", packed.tokenizer, text)
+    if rank == 0:
+        report.write(result, folder)
+        print(report.text(result, folder))
+    return 0
+
+
+def train(engine: Any, loader: data.Loader, run: config.RunConfig, packed: data.PackedData, masker: data.Masker,
+          folder: Path, settings: dict[str, Any]) -> bool:  # fmt: skip
+    """From the engine's step to the last; returns whether a signal stopped it early. Saves before it returns."""
+    options, rank = run.pretrain, dist.get_rank()
+    metrics = Metrics(folder, start=engine.applied_steps, total=options.steps, every=options.log_every,
+                      monitor=engine.monitor, rank=rank)  # fmt: skip
+    listen(engine)
+    parent = os.getppid()
+    kept = 1.0 if run.sctd.method == "dense" else kept_tokens(options.seq_length, run.sctd.drop_ratio) / options.seq_length
+    engine.train()
+    try:
+        while engine.applied_steps < options.steps:
+            kind, start = engine.step_mode, time.perf_counter()
+            rate = engine.get_lr()[0]
+            # The launcher may be killed without a word to its children.
+            engine.stop_requested |= os.getppid() != parent
+            loss = engine.train_batch(loader)
+            seconds = time.perf_counter() - start
+            step, samples = engine.applied_steps, loader.position
+            if engine.was_step_applied():
+                metrics.train({
+                    "step": step, "kind": kind, **engine.step_parts, "loss": loss, "lr": rate,
+                    "grad_norm": as_float(engine.get_global_grad_norm()), "loss_scale": loss_scale(engine),
+                    "skipped_steps": engine.skipped_steps, "step_ms": seconds * 1000,
+                    "tokens_per_s": run.global_batch * options.seq_length / seconds,
+                    "kept_token_share": 1.0 if kind == "dense" else kept,
+                }, samples)  # fmt: skip
+            last = step == options.steps
+            if last or (options.validation_every and step % options.validation_every == 0 and engine.was_step_applied()):
+                batches = data.validation_batches(packed.validation, masker, batch_size=run.micro_batch, rank=rank,
+                                                  world=dist.get_world_size(),
+                                                  max_batches=-(-options.validation_rows // run.micro_batch))  # fmt: skip
+                metrics.validation(step, validate(engine, batches), samples)
+            if last or engine.stop_agreed or (options.save_every and step % options.save_every == 0):
+                checkpoint.save(engine, folder / "checkpoints", settings, samples, options.keep_last)
+            if engine.stop_agreed and not last:
+                return True
+    except NonFiniteLossError as error:
+        if error.here:
+            logger.error("rank %d, samples (epoch, row) of the last micro-batch: %s", rank, loader.sample_ids)
+        raise
+    finally:
+        metrics.close()
+    return False
+
+
+def prepare_data(spec: str | list[str], run: config.RunConfig) -> data.PackedData:
+    """Built data, or raw text built once into data/cache: rank 0 works, the others wait."""
+    options, problem = run.pretrain, [None]
+    path: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            build = dict(tokenizer=options.tokenizer, vocab_size=options.vocab_size, seq_length=options.seq_length, seed=options.seed)
+            path = [data.prepare(spec, Path("data") / "cache", **build)]
+        except data.DataError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise data.DataError(problem[0])
+    dist.broadcast_object_list(path, src=0)
+    packed = data.load(path[0], seq_length=options.seq_length)
+    if len(packed.train) < run.global_batch:
+        raise data.DataError(f"{path[0]}: {len(packed.train)} training rows are fewer than one batch of {run.global_batch}: "
+                             "add text, or lower train_batch_size or pretrain.seq_length")  # fmt: skip
+    return packed
+
+
+def forecast(run: config.RunConfig, shape: Shape, measured: probe.Probe, folder: Path) -> str:
+    """What a dry run tells."""
+    result = report.build(run, shape, measured, folder)
+    hours = mean_cost(run.sctd, measured.step_ms) * run.pretrain.steps / 3.6e6
+    lines = [*report.saving_text(result), f"  whole run        {run.pretrain.steps:,} steps, about {hours:,.1f} hours on this device"]
+    for kind, size in measured.peak_bytes.items():
+        lines.append(f"  peak memory      {kind}: {size / 2**30:.1f} GiB")
+    return "\n".join(lines)
+
+
+def listen(engine: Any) -> None:
+    """SIGTERM and Ctrl-C ask for a checkpoint and a stop after the step; a second Ctrl-C stops at once."""
+
+    def request(number: int, frame: Any) -> None:
+        engine.stop_requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGTERM, request)
+    signal.signal(signal.SIGINT, request)
+
+
+def as_float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def loss_scale(engine: Any) -> float | None:
+    return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
+
+
+def run_and_report(argv: list[str] | None = None) -> int:
+    """main, with errors that are meant for the user as one line on rank 0."""
+    try:
+        return main(argv)
+    except (config.ConfigError, data.DataError, checkpoint.CheckpointError) as error:
+        problem, status = error, 2
+    except TrainingError as error:
+        problem, status = error, 3
+    if not dist.is_initialized() or dist.get_rank() == 0 or getattr(problem, "here", None):
+        print(f"pretrain.py: {problem}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run_and_report())
