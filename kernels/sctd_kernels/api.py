@@ -8,6 +8,7 @@ Wrong arguments raise ValueError in one line. No function makes the host wait fo
 Shapes: B sequences, S tokens, K kept tokens, D hidden size, V vocabulary, N rows.
 """
 
+import importlib.util
 from typing import Literal
 
 import torch
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from sctd_kernels import reference
 
-HAS_TRITON = INTERPRETED = False
+if importlib.util.find_spec("triton") is not None:
+    from sctd_kernels import cross_entropy, divergence, importance, routing, selection
+    from sctd_kernels.launch import INTERPRETED
+
+    HAS_TRITON = True
+else:
+    HAS_TRITON = INTERPRETED = False
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -101,7 +108,7 @@ def select_tokens(
         slot: `[B, S]` int32, the inverse: where in `kept` a position stands, or -1 if it was dropped.
 
     Raises:
-        ValueError: a shape, dtype or device is wrong, `keep` is out of range, or S is above 16384 on the Triton backend.
+        ValueError: a shape, dtype or device is wrong, `keep` is out of range, or S is above 8192 on the Triton backend.
 
     Example:
         >>> scores = torch.tensor([0.0, 1.0, 2.0, 3.0])

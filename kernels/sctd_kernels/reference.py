@@ -19,9 +19,7 @@ def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def select_tokens(
-    scores: Tensor, input_ids: Tensor, keep: int, attention_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def select_tokens(scores: Tensor, input_ids: Tensor, keep: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     inf = float("inf")
     score = scores[input_ids.long()].nan_to_num(nan=-inf, posinf=inf, neginf=-inf)  # [B, S]
     if attention_mask is not None:
