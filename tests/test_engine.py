@@ -1,0 +1,99 @@
+"""The engine in real launches with one and two ranks: schedule, ZeRO stages, table, overflow, NaN, checkpoints."""
+
+import pytest
+import torch
+from conftest import ROOT, launch
+
+KINDS = ["drop", "drop", "align", "drop", "drop", "align", "drop"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    loaded = {"folder": folder}
+    for world in (1, 2):
+        done = launch(ROOT / "tests" / "engine_scenarios.py", folder, ranks=world)
+        assert done.returncode == 0, done.stdout[-3000:]
+        for rank in range(world):
+            loaded[world, rank] = torch.load(folder / f"world{world}_rank{rank}.pt", weights_only=True)
+    return loaded
+
+
+RANKS = [(1, 0), (2, 0), (2, 1)]
+
+
+def assert_same_run(one, other, tolerance):
+    assert one["kinds"] == other["kinds"]
+    torch.testing.assert_close(one["losses"], other["losses"], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(one["scores"], other["scores"], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_schedule_counts_optimizer_steps_and_not_micro_batches(results, rank):
+    for name in ("zero0", "zero1", "zero2", "accumulation1", "accumulation4", "bf16"):
+        assert results[rank][name]["kinds"] == KINDS, name
+    assert set(results[rank]["spread"]["kinds"]) == {"align"}
+    assert set(results[rank]["dense"]["kinds"]) == {"dense"}
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_zero_stages_agree(results, rank):
+    for stage in ("zero1", "zero2"):
+        assert_same_run(results[rank]["zero0"], results[rank][stage], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["zero2", "frequency", "accumulation4", "spread"])
+def test_table_is_the_same_on_ranks_bit_for_bit(results, name):
+    assert torch.equal(results[2, 0][name]["scores"], results[2, 1][name]["scores"])
+    assert not torch.equal(results[2, 0][name]["scores"], torch.full_like(results[2, 0][name]["scores"], 10.0))
+
+
+def test_table_and_losses_do_not_depend_on_world_size_or_accumulation(results):
+    for name in ("accumulation1", "accumulation4"):
+        assert_same_run(results[1, 0]["zero2"], results[1, 0][name], 1e-4)
+    assert_same_run(results[1, 0]["zero2"], results[2, 0]["zero2"], 1e-4)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_training_lowers_the_loss_and_keeps_the_table_in_fp32(results, rank):
+    for name in ("zero2", "bf16", "spread", "random", "frequency", "dense"):
+        losses = results[rank][name]["losses"]
+        assert torch.isfinite(losses).all() and losses[-2:].mean() < losses[:2].mean(), name
+        assert results[rank][name]["scores"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_recipes_own_loop_is_train_batch(results, rank):
+    for name, weight in results[rank]["by_hand"].items():
+        assert torch.equal(weight, results[rank]["zero2"]["weights"][name]), name
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_overflowed_step_changes_nothing_and_is_not_counted(results, rank):
+    assert results[rank]["overflow"] == {
+        "applied": 2, "kind": "align", "kind_after": "align", "weights_same": True, "scores_same": True, "applied_after": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_nan_on_one_rank_stops_all_before_the_update(results, rank):
+    poisoned = results[rank]["poisoned"]
+    assert poisoned["step"] == 2 and poisoned["weights_same"] and poisoned["scores_finite"]
+    here = rank[1] == rank[0] - 1
+    assert poisoned["here"] == (["ce_drop", "loss"] if here else [])
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_checkpoint_restores_table_schedule_and_client_state(results, rank):
+    assert results[rank]["loaded"] == {
+        "client": 5, "ours_hidden": True, "applied": 4, "found": True, "scores_same": True, "kind": "drop",
+    }  # fmt: skip
+
+
+def test_export_is_a_plain_hugging_face_model(results):
+    from transformers import AutoModelForMaskedLM
+
+    one, two = (AutoModelForMaskedLM.from_pretrained(results["folder"] / f"exported{world}") for world in (1, 2))
+    assert next(one.parameters()).dtype == torch.float32
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
