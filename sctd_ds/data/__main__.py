@@ -12,7 +12,7 @@ from sctd_ds.data import DataError, PackedData, build, load
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sctd_ds.data", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    defaults = build.__kwdefaults__
+    defaults = build.__kwdefaults__ or {}
 
     make = commands.add_parser("build", help="tokenize and pack text", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     make.add_argument(

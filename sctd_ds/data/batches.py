@@ -8,9 +8,10 @@ Shapes: B micro-batch, S tokens of a row, N rows of a split.
 
 from __future__ import annotations
 
-import itertools
-import signal
-from collections.abc import Iterator, Mapping
+import collections
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, torch.Tensor]
+Sample = tuple[int, int]  # (epoch, row)
 
 IGNORED = -100  # the label of a position that is not predicted, as torch's cross entropy wants it
 _ORDER, _MASKS = 0, 1  # random streams that must not meet
@@ -39,7 +41,7 @@ def _random_words(stream: int, seed: int, epoch: int, sample: int, count: int) -
 
 
 class Masker:
-    """BERT's masked-LM corruption of one row, as a function of (seed, epoch, sample) only.
+    """BERT's masked-LM corruption of rows, each a function of (seed, epoch, sample) only.
 
     Of the chosen tokens 80 % become [MASK], 10 % a random word, 10 % stay: the rule of transformers'
     `DataCollatorForLanguageModeling`, with three differences. The number of chosen tokens is fixed by the row's length
@@ -71,25 +73,34 @@ class Masker:
     def labels_per_row(self, length: int) -> int:
         """How many positions of a row with `length` real tokens, [CLS] and [SEP] included, are predicted.
 
-        Separators between documents count as tokens here, though they are never chosen: otherwise full rows would
-        differ. Only a row with fewer words than this (nearly all [UNK]) gets fewer.
+        Separators between documents count as tokens here, though they are never chosen: otherwise full rows would differ.
+        Only a row with fewer words than this (nearly all [UNK]) gets fewer.
         """
         return max(1, round(self.mlm_probability * (length - 2)))
 
-    def __call__(self, input_ids: np.ndarray, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Corrupt one row: input_ids [S] -> corrupted ids and labels, int64 [S]; labels are -100 where not predicted."""
+    def __call__(self, input_ids: np.ndarray, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+        """Corrupt rows: input_ids [B, S] and the (epoch, sample) of each -> corrupted ids and labels, int64 [B, S].
+
+        Labels are the original ids where a token is predicted and -100 elsewhere.
+        """
         ids = np.array(input_ids, dtype=np.int64)
         labels = np.full_like(ids, IGNORED)
-        candidates = np.flatnonzero(self._is_word[ids])
-        count = min(self.labels_per_row(np.count_nonzero(ids != self.pad_id)), len(candidates))
+        candidate = self._is_word[ids]
+        lengths = np.count_nonzero(ids != self.pad_id, axis=1)
+        wanted = [self.labels_per_row(int(length)) for length in lengths]
+        counts = np.minimum(wanted, np.count_nonzero(candidate, axis=1))
 
-        words = _random_words(_MASKS, self.seed, epoch, sample, len(candidates) + 2 * count)
-        rank, fate, replacement = np.split(words, [len(candidates), len(candidates) + count])
-        chosen = candidates[np.argsort(rank, kind="stable")[:count]]
-        fate = (fate >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
+        seq_length, most = ids.shape[1], max(wanted)
+        words = np.stack([_random_words(_MASKS, self.seed, *sample, seq_length + 2 * most) for sample in samples])
+        # The draws of a row must not depend on its companions in the batch: keys by position, the rest by rank.
+        keys, fates, replacements = words[:, :seq_length], words[:, seq_length::2], words[:, seq_length + 1 :: 2]
+        positions = np.argsort(np.where(candidate, keys, np.uint64(2**64 - 1)), axis=1)[:, :most]
+        row, rank = np.nonzero(np.arange(positions.shape[1]) < counts[:, None])
+        chosen = row, positions[row, rank]
 
+        fate = (fates[row, rank] >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
+        random_word = self._words[replacements[row, rank] % np.uint64(len(self._words))]
         labels[chosen] = ids[chosen]
-        random_word = self._words[replacement % np.uint64(len(self._words))]
         ids[chosen] = np.where(fate < 0.8, self.mask_id, np.where(fate < 0.9, random_word, ids[chosen]))
         return ids, labels
 
@@ -100,53 +111,14 @@ class Masker:
         return twin
 
 
-class _MicroBatches(torch.utils.data.Dataset):
-    """The endless global sample order, read as `self[offset]`: the micro-batch of the samples offset .. offset + B - 1.
-
-    Sample n is row order(n // N)[n % N]; each epoch is a new permutation of all rows, so a batch may span two epochs.
-    """
-
-    def __init__(self, rows: datasets.Dataset, masker: Masker, size: int, seed: int, shuffle: bool):
-        self.rows = rows.with_format("numpy", columns=["input_ids"])
-        self.masker, self.size, self.seed, self.shuffle = masker, size, seed, shuffle
-        self._orders: dict[int, np.ndarray] = {}
-
-    def samples(self, offset: int) -> list[tuple[int, int]]:
-        """(epoch, row) of each sample of the micro-batch."""
-        return [
-            (n // len(self.rows), int(self._order(n // len(self.rows))[n % len(self.rows)]))
-            for n in range(offset, offset + self.size)
-        ]
-
-    def __getitem__(self, offset: int) -> Batch:
-        return _collate(self.rows, self.masker, self.samples(offset))
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            n = len(self.rows)
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = (
-                np.argsort(_random_words(_ORDER, self.seed, epoch, 0, n), kind="stable") if self.shuffle else np.arange(n)
-            )
-        return self._orders[epoch]
-
-
-def _collate(rows: datasets.Dataset, masker: Masker, samples: list[tuple[int, int]]) -> Batch:
+def _collate(rows: datasets.Dataset, masker: Masker, samples: Sequence[Sample]) -> Batch:
     ids = rows[[row for _, row in samples]]["input_ids"]
-    corrupted, labels = np.empty(ids.shape, np.int64), np.empty(ids.shape, np.int64)
-    for i, (epoch, sample) in enumerate(samples):
-        corrupted[i], labels[i] = masker(ids[i], epoch, sample)
+    corrupted, labels = masker(ids, samples)
     batch = {"input_ids": torch.from_numpy(corrupted), "labels": torch.from_numpy(labels)}
     real = ids != masker.pad_id
     if not real.all():
         batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
     return batch
-
-
-def _ignore_signals(_worker: int) -> None:
-    """Ctrl-C and SIGTERM are the trainer's business: workers live on while it saves, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Loader:
@@ -157,7 +129,7 @@ class Loader:
 
     A micro-batch holds `input_ids` and `labels` (int64 [B, S]) and, only if one of its rows is padded, `attention_mask`
     (int64 [B, S]): full rows keep attention without a mask. Memory is pinned where there is a CUDA device. The global
-    torch generator is left alone.
+    generators are left alone.
 
     Args:
         rows: a dataset whose rows hold `input_ids` of one length, e.g. `load(path).train`.
@@ -165,7 +137,8 @@ class Loader:
         rank, world: this process, and how many there are.
         seed: of the order, non-negative.
         shuffle: False keeps the rows' own order in every epoch.
-        num_workers: processes that prepare batches ahead; they change speed only.
+        num_workers: threads that prepare batches ahead; they change speed only. Threads, because numpy does the work, and
+            because processes would be forked beside CUDA and would get the signals that tell the trainer to save.
         start: position to start from.
 
     Raises:
@@ -201,29 +174,34 @@ class Loader:
             raise ValueError(f"rank must lie in [0, {world}), got {rank}")
         self.micro_batch, self.accumulation, self.rank, self.world = micro_batch, accumulation, rank, world
         self.samples_per_step = micro_batch * accumulation * world
-        self._batches = _MicroBatches(rows, masker, micro_batch, seed, shuffle)
+        self._rows, self._masker = rows.with_format("numpy", columns=["input_ids"]), masker
         self._num_workers = num_workers
+        self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="data") if num_workers else None
+        self._ahead: collections.deque[Future[Batch]] = collections.deque()
+
+        @functools.lru_cache(maxsize=2)  # a batch may span two epochs
+        def order(epoch: int) -> np.ndarray:
+            count = len(rows)
+            if not shuffle:
+                return np.arange(count)
+            return np.argsort(_random_words(_ORDER, seed, epoch, 0, count), kind="stable")
+
+        self._order = order
         self.load_state_dict({"position": start})
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = iter(
-                torch.utils.data.DataLoader(
-                    self._batches,
-                    sampler=self._offsets(0),
-                    batch_size=None,
-                    num_workers=self._num_workers,
-                    pin_memory=torch.cuda.is_available(),
-                    worker_init_fn=_ignore_signals if self._num_workers else None,
-                    generator=torch.Generator(),  # else DataLoader draws a seed from the global one, and dropout changes
-                )
-            )
-        batch = next(self._iterator)
+        if self._workers is None:
+            batch = self._prepare(self._taken)
+        else:
+            while len(self._ahead) <= 2 * self._num_workers:
+                self._ahead.append(self._workers.submit(self._prepare, self._taken + len(self._ahead)))
+            batch = self._ahead.popleft().result()
         self._taken += 1
-        return batch
+        # Pinned here, as a worker thread would open a context on GPU 0, whatever this rank's GPU is.
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch
 
     @property
     def position(self) -> int:
@@ -231,9 +209,9 @@ class Loader:
         return self._start + self._taken // self.accumulation * self.samples_per_step
 
     @property
-    def sample_ids(self) -> list[tuple[int, int]]:
+    def sample_ids(self) -> list[Sample]:
         """(epoch, row) of each row of the last micro-batch; empty before the first."""
-        return self._batches.samples(next(self._offsets(self._taken - 1))) if self._taken else []
+        return self._samples(self._taken - 1) if self._taken else []
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
@@ -243,13 +221,17 @@ class Loader:
         if state["position"] < 0:
             raise ValueError(f"the data position must not be negative, got {state['position']}")
         self._start, self._taken = state["position"], 0
-        self._iterator: Iterator[Batch] | None = None
+        self._ahead.clear()
 
-    def _offsets(self, first: int) -> Iterator[int]:
-        """Global sample number at which each of this rank's micro-batches begins, from the `first` since `start` on."""
-        for micro_step in itertools.count(first):
-            step, part = divmod(micro_step, self.accumulation)
-            yield self._start + step * self.samples_per_step + (part * self.world + self.rank) * self.micro_batch
+    def _samples(self, index: int) -> list[Sample]:
+        """Samples of this rank's micro-batch number `index` since `_start`, neighbours in the global order."""
+        step, part = divmod(index, self.accumulation)
+        first = self._start + step * self.samples_per_step + (part * self.world + self.rank) * self.micro_batch
+        numbers = (divmod(n, len(self._rows)) for n in range(first, first + self.micro_batch))
+        return [(epoch, int(self._order(epoch)[n])) for epoch, n in numbers]
+
+    def _prepare(self, index: int) -> Batch:
+        return _collate(self._rows, self._masker, self._samples(index))
 
 
 def validation_batches(

@@ -225,6 +225,8 @@ def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) 
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (out / META).is_file():
+            for left_by_a_killed_build in out.parent.glob(f".{out.name}.*"):
+                shutil.rmtree(left_by_a_killed_build)
             build(sources, out, **build_options)
     return out
 
@@ -340,7 +342,7 @@ def _train_tokenizer(texts: datasets.Dataset, vocab_size: int, lowercase: bool, 
     merges by these numbers. So every symbol it starts from is given to it in a fixed order: characters, and their "##" forms.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
     model = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     model.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -363,7 +365,7 @@ def _train_tokenizer(texts: datasets.Dataset, vocab_size: int, lowercase: bool, 
         show_progress=sys.stderr.isatty(),
     )
     model.train_from_iterator(_texts(texts), trainer, length=len(texts))
-    return BertTokenizerFast(vocab=model.get_vocab(), do_lower_case=lowercase, model_max_length=seq_length)
+    return BertTokenizer(vocab=model.get_vocab(), do_lower_case=lowercase, model_max_length=seq_length)
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -393,16 +395,16 @@ def _tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_p
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # "[MASK]" in a text is text, not a mask
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
+        backend.encode_special_tokens = True  # "[MASK]" in a text is text; set here, as it is not pickled to processes
         # Giant documents are encoded in pieces, and few pieces at a time: encodings need far more memory than their ids.
         pieces = [list(cut(text)) for text in batch["text"]]
         flat = [piece for document in pieces for piece in document]
         encoded = iter(
             encoding.ids
-            for start in range(0, len(flat), 1024)
-            for encoding in backend.encode_batch_fast(flat[start : start + 1024], add_special_tokens=False)
+            for start in range(0, len(flat), 256)
+            for encoding in backend.encode_batch_fast(flat[start : start + 256], add_special_tokens=False)
         )
         ids = [np.concatenate([np.array(next(encoded), dtype=np.int32) for _ in document]) for document in pieces]
         return {"ids": ids, "length": [len(document) for document in ids]}
@@ -453,13 +455,14 @@ class _Packer:
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: their tokens end to end, and how many each has."""
         self.tokens += len(tokens)
-        self.unknown += np.count_nonzero(tokens == self.ids["unk"])
+        self.unknown += int(np.count_nonzero(tokens == self.ids["unk"]))
         starts = np.cumsum(lengths) - lengths
         first = self.rows == 0 and len(self.pending) == 0
         stream = np.insert(tokens, starts[1:] if first else starts, self.ids["sep"])
         stream = np.concatenate([self.pending, stream])
         whole = len(stream) // (self.seq_length - 2) * (self.seq_length - 2)
-        self._write(stream[:whole])
+        if whole:
+            self._write(stream[:whole])
         self.pending = stream[whole:]
 
     def close(self) -> None:
@@ -476,10 +479,9 @@ class _Packer:
         rows[:, 0] = self.ids["cls"]
         rows[:, 1 : 1 + min(width, len(stream))] = stream.reshape(len(rows), -1)
         rows[:, 1 + min(width, len(stream))] = self.ids["sep"]
-        if len(rows):
-            self.writer.write_table(
-                pyarrow.table({"input_ids": pyarrow.FixedSizeListArray.from_arrays(rows.ravel(), self.seq_length)})
-            )
+        self.writer.write_table(
+            pyarrow.table({"input_ids": pyarrow.FixedSizeListArray.from_arrays(rows.ravel(), self.seq_length)})
+        )
         self.digest.update(rows.tobytes())
         self.rows += len(rows)
 

@@ -212,7 +212,9 @@ def _json(path: Path, text_column: str) -> Iterator[str]:
     if start != "[":
         yield from _json_lines(path, text_column)
         return
-    for number, record in enumerate(_parsed("".join(_decoded(path)), path, 1), start=1):
+    records = _parsed("".join(_decoded(path)), path, 1)
+    assert isinstance(records, list)
+    for number, record in enumerate(records, start=1):
         yield _field(record, text_column, f"{path}, record {number}")
 
 

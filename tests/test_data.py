@@ -1,0 +1,692 @@
+"""Data: no token is lost, masks and order are functions of (seed, epoch, row), and bad input gets one clear line."""
+
+import builtins
+import gzip
+import itertools
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertTokenizer, DataCollatorForLanguageModeling
+
+from sctd_ds import data
+from sctd_ds.data import DataError, Loader, Masker, validation_batches
+from sctd_ds.data.__main__ import main
+from sctd_ds.data.packed import _Packer
+from sctd_ds.data.sources import BLOCK, documents
+
+SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Local sources must not reach for the network, not even to fail there."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        assert self.family == socket.AF_UNIX, f"tried to connect to {address}"
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+def make_texts(count: int, seed: int = 0) -> list[str]:
+    """Documents of 1 to 120 made-up words."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(200)]
+    return [" ".join(rng.choices(words, k=rng.randint(1, 120))) for _ in range(count)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return make_texts(400)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("built")
+    return data.build([str(write_jsonl(folder / "a.jsonl", texts))], folder / "out", vocab_size=300, seq_length=32)
+
+
+@pytest.fixture(scope="module")
+def packed(built):
+    return data.load(built, seq_length=32, verify=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"w{i}" for i in range(995)]
+    return BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+
+
+def make_rows(count: int, seq_length: int = 16, padded: int = 0, vocab_size: int = 1000) -> Dataset:
+    """Rows [CLS] words [SEP]; the last one has `padded` pads."""
+    rows = np.random.default_rng(0).integers(5, vocab_size, (count, seq_length))
+    rows[:, 0], rows[:, -1] = SPECIAL["cls"], SPECIAL["sep"]
+    if padded:
+        rows[-1, -padded - 1] = SPECIAL["sep"]
+        rows[-1, -padded:] = SPECIAL["pad"]
+    return Dataset.from_dict({"input_ids": rows.tolist()})
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def stream_of(rows: np.ndarray) -> np.ndarray:
+    """The tokens of packed rows end to end, frames and padding taken off; checks the frames on the way."""
+    assert (rows[:, 0] == SPECIAL["cls"]).all()
+    assert (rows[:-1, -1] == SPECIAL["sep"]).all() and (rows[:-1] != SPECIAL["pad"]).all()
+    last = rows[-1][rows[-1] != SPECIAL["pad"]]
+    assert last[-1] == SPECIAL["sep"] and (rows[-1, len(last) :] == SPECIAL["pad"]).all()
+    return np.concatenate([rows[:-1, 1:-1].ravel(), last[1:-1]])
+
+
+def split_documents(stream: np.ndarray) -> list[list[int]]:
+    return [part.tolist() for part in np.split(stream[stream != SPECIAL["sep"]], boundaries(stream))]
+
+
+def boundaries(stream: np.ndarray) -> np.ndarray:
+    at = np.flatnonzero(stream == SPECIAL["sep"])
+    return at - np.arange(len(at))
+
+
+def test_no_token_is_lost_and_no_document_is_in_both_splits(packed, texts):
+    train, validation = (split_documents(stream_of(np.array(rows["input_ids"]))) for rows in (packed.train, packed.validation))
+    expected = packed.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert len(train) + len(validation) == len(expected)
+    sides = {"train": iter([*train, None]), "validation": iter([*validation, None])}
+    heads = {name: next(side) for name, side in sides.items()}
+    for document in expected:  # both splits keep the documents' order
+        name = next(name for name, head in heads.items() if head == document)
+        heads[name] = next(sides[name])
+    assert heads == {"train": None, "validation": None}
+
+
+def test_meta_counts_what_is_there(packed, texts):
+    meta = packed.meta
+    tokens = sum(map(len, packed.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    assert meta.train_tokens + meta.validation_tokens == tokens
+    assert (meta.train_rows, meta.validation_rows) == (len(packed.train), len(packed.validation))
+    assert meta.documents == len(texts) and meta.vocab_size == len(packed.tokenizer) and meta.special_ids == SPECIAL
+    assert 0.01 <= meta.validation_tokens / tokens < 0.03
+    assert meta.unknown_share == 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 25), min_size=1, max_size=12),
+    cuts=st.sets(st.integers(1, 11)),
+    seq_length=st.integers(8, 12),
+)
+def test_packing_joins_documents_with_separators_whatever_the_batches(tmp_path_factory, lengths, cuts, seq_length):
+    docs = [list(range(100 * i + 5, 100 * i + 5 + n)) for i, n in enumerate(lengths)]
+    path = tmp_path_factory.mktemp("packer") / "rows.arrow"
+    packer = _Packer(path, SPECIAL, seq_length)
+    edges = [0, *sorted(c for c in cuts if c < len(docs)), len(docs)]
+    for first, last in itertools.pairwise(edges):
+        part = docs[first:last]
+        packer.add(np.array([*itertools.chain(*part)], dtype=np.int32), np.array([len(d) for d in part]))
+    packer.close()
+    rows = np.array(Dataset.from_file(str(path))["input_ids"])
+    assert rows.shape == (packer.rows, seq_length)
+    assert split_documents(stream_of(rows)) == docs
+
+
+def test_equal_texts_are_held_out_together(tmp_path):
+    texts = make_texts(60, seed=1)
+    source = write_jsonl(tmp_path / "a.jsonl", texts * 3)
+    out = data.build([str(source)], tmp_path / "out", vocab_size=300, seq_length=32, validation_fraction=0.3)
+    packed = data.load(out)
+    train, validation = (
+        {tuple(d) for d in split_documents(stream_of(np.array(rows["input_ids"])))}
+        for rows in (packed.train, packed.validation)
+    )
+    assert len(train) + len(validation) == 60 and not train & validation
+
+
+def test_fingerprint_is_the_same_in_another_process_and_another_place(built, texts, tmp_path):
+    source = write_jsonl(tmp_path / "moved.jsonl", texts)
+    options = ["--vocab-size", "300", "--seq-length", "32"]
+    command = [sys.executable, "-m", "sctd_ds.data", "build", str(source), "--out", str(tmp_path / "o"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, second = data.load(built), data.load(tmp_path / "o", verify=True)
+    assert first.meta.fingerprint == second.meta.fingerprint
+    assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+    assert second.meta.fingerprint[:16] in done.stdout and "it/s" not in done.stderr
+
+
+@pytest.mark.parametrize("option", [{"seed": 1}, {"seq_length": 48}, {"lowercase": False}, {"vocab_size": 200}])
+def test_fingerprint_tells_settings_apart(built, texts, tmp_path, option):
+    source = write_jsonl(tmp_path / "a.jsonl", [*texts[:-1], texts[-1].upper()])
+    base = {"vocab_size": 300, "seq_length": 32}
+    out = [data.build([str(source)], tmp_path / name, **base | o) for name, o in (("a", {}), ("b", option))]
+    assert data.load(out[0]).meta.fingerprint != data.load(out[1]).meta.fingerprint
+
+
+def test_every_kind_of_source_gives_the_same_documents(texts, tmp_path):
+    body = "\r\n\r\n".join(texts)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + body.encode())
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(body.replace("\r\n\r\n", "\n \t\n\n").encode()))
+    write_jsonl(tmp_path / "c.jsonl", texts)
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress((tmp_path / "c.jsonl").read_bytes()))
+    (tmp_path / "e.json").write_text(json.dumps([{"text": text, "id": 1} for text in texts], indent=1))
+    (tmp_path / "f.json").write_bytes((tmp_path / "c.jsonl").read_bytes())
+    pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), tmp_path / "g.parquet")
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 7
+    for file in files:
+        assert list(documents(str(file), "text")) == texts, file
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "notes.md").write_text("no")
+    assert list(documents(str(tmp_path), "text")) == texts * 7
+
+
+def test_characters_across_read_chunks_survive(tmp_path, monkeypatch):
+    monkeypatch.setattr("sctd_ds.data.sources.CHUNK", 7)
+    texts = ["grüße aus köln, 你好 🙂🙂", "zweiter absatz\nmit zeile"]
+    (tmp_path / "a.txt").write_bytes("\r\n\r\n".join(texts).replace("\nmit", "\r\nmit").encode("utf-8-sig"))
+    assert list(documents(str(tmp_path / "a.txt"), "text")) == texts
+
+
+@pytest.mark.parametrize("separator", [" ", ""])
+def test_one_gigantic_line_is_cut_without_losing_anything(tmp_path, separator):
+    line = separator.join(make_texts(1, seed=3) * (30_000_000 // 500))[:30_000_000]
+    (tmp_path / "a.txt").write_text(line)
+    pieces = list(documents(str(tmp_path / "a.txt"), "text"))
+    assert max(map(len, pieces)) <= BLOCK
+    assert "".join(pieces).replace(" ", "") == line.replace(" ", "")
+    if separator:
+        assert " ".join(pieces).split() == line.split()  # and no word is cut
+
+
+def test_gigantic_line_builds(tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(make_texts(10_000)))
+    packed = data.load(data.build([str(tmp_path / "a.txt")], tmp_path / "o", vocab_size=300))
+    assert packed.meta.documents > 100 and packed.meta.unknown_share == 0 and len(packed.train) > 1000
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{text} [MASK] [SEP] [PAD]" for text in make_texts(50)))
+    options = {"vocab_size": 300, "seq_length": 32}
+    packed = data.load(data.build([str(tmp_path / "a.txt")], tmp_path / "o", **options))
+    in_processes = data.load(data.build([str(tmp_path / "a.txt")], tmp_path / "p", **options, num_proc=2))
+    assert packed.meta.fingerprint == in_processes.meta.fingerprint
+    stream = np.concatenate([stream_of(np.array(rows["input_ids"])) for rows in (packed.train, packed.validation)])
+    assert np.count_nonzero(stream == SPECIAL["sep"]) == 50 - 2 and not np.isin(stream, [0, 2, 4]).any()
+
+
+def test_an_existing_tokenizer_is_taken_as_it_is(built, packed, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(make_texts(80, seed=5)) + "\n\nпривет мир")
+    out = data.build([str(tmp_path / "a.txt")], tmp_path / "o", tokenizer=str(built / "tokenizer"), seq_length=16)
+    again = data.load(out)
+    assert again.tokenizer.get_vocab() == packed.tokenizer.get_vocab()
+    assert 0 < again.meta.unknown_share < 0.01
+
+
+def test_python_docs_is_english_and_capped(tmp_path):
+    texts = list(documents("python-docs:300KB", "text"))
+    assert 300_000 <= sum(len(text.encode()) for text in texts) < 300_000 + 4 * BLOCK
+    out = data.build(["python-docs:300KB"], tmp_path / "o", vocab_size=2000, seq_length=64)
+    packed = data.load(out)
+    assert " the " in packed.tokenizer.decode(packed.train[10]["input_ids"]) and packed.meta.unknown_share < 0.001
+
+
+def test_a_replaced_folder_is_ours_or_left_alone(built, texts, tmp_path):
+    source, out = str(write_jsonl(tmp_path / "a.jsonl", texts)), tmp_path / "out"
+    options = {"vocab_size": 300, "seq_length": 32}
+    data.build([source], out, **options)
+    with pytest.raises(DataError, match=r"exists already.*--overwrite"):
+        data.build([source], out, **options)
+    data.build([source], out, **options | {"seq_length": 16}, overwrite=True)
+    assert data.load(out).meta.seq_length == 16
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(DataError, match="never overwritten"):
+        data.build([source], tmp_path / "mine", **options, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "mine", "out"]
+
+
+def test_a_failure_after_reading_leaves_nothing(texts, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Dataset, "save_to_disk", full)
+    with pytest.raises(DataError, match=r"writing failed .No space left on device."):
+        data.build([str(write_jsonl(tmp_path / "a.jsonl", texts))], tmp_path / "out", vocab_size=300, seq_length=32)
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+BAD_FILES = {
+    "empty.txt": (b"", r"empty\.txt: there is no text in it"),
+    "blank.txt": (b"\n \r\n\n", r"blank\.txt: there is no text in it"),
+    "latin.txt": (b"0123456789caf\xe9 au lait", r"not UTF-8 at byte 13 \(0xe9\)"),
+    "late.txt": (b"\xef\xbb\xbf" + b"a " * 700_000 + b"\xff", r"not UTF-8 at byte 1400003 \(0xff\)"),
+    "cut.txt": (b"abc\xe2\x82", r"not UTF-8 at byte 3 \(0xe2\)"),
+    "utf16.txt": ("hello".encode("utf-16"), r"not UTF-8 at byte 0|byte 3 is NUL"),
+    "binary.txt": (b"MZ\0\1\2", r"byte 2 is NUL.*binary file or UTF-16"),
+    "broken.txt.gz": (gzip.compress(b"hello world " * 50)[:-12], r"broken\.txt\.gz: cannot be read"),
+    "nogz.txt.gz": (b"hello", r"nogz\.txt\.gz: cannot be read"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', r"bad\.jsonl, line 2, column \d+: not valid JSON"),
+    "columns.jsonl": (b'{"body": "a", "id": 1}\n', r"line 1: no column 'text'; there are 'body', 'id'"),
+    "number.jsonl": (b'{"text": "a"}\n\n{"text": 3}\n', r"line 3: column 'text' holds int, expected a string"),
+    "list.jsonl": (b"[1]\n", r"line 1: expected an object with a column 'text', got list"),
+    "half.jsonl": (b'{"text": "a\\ud800"}\n', r"line 1: column 'text' holds half a surrogate pair"),
+    "nulls.jsonl": (b'{"text": null}\n', r"there is no text in it"),
+    "bad.json": (b'[{"text": "a"},\n {"text" 3}]', r"bad\.json, line 2, column 10: not valid JSON"),
+    "bad.parquet": (b"PAR1 not really", r"bad\.parquet: not a readable Parquet file"),
+    "table.csv": (b"text\na\n", r"unknown kind of file; expected one of \.txt, "),
+    "short.txt": (b"a few words only\n\nand a few more", r"too little text: 8 tokens in 2 documents"),
+    "one.jsonl": (json.dumps({"text": "word " * 5000}).encode(), r"too little text: 5000 tokens in 1 documents"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_gets_one_line_and_leaves_nothing(tmp_path, name):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        data.build([str(tmp_path / name)], tmp_path / "out", vocab_size=100, seq_length=32)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_bad_places_get_one_line(built, tmp_path, monkeypatch):
+    def build(source, **options):
+        return data.build([str(source)], tmp_path / "out", **options)
+
+    with pytest.raises(DataError, match=r"gone\.txt: no such file or folder"):
+        build(tmp_path / "gone.txt")
+    with pytest.raises(DataError, match="no such file or folder"):
+        build("gone")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.md").write_text("x")
+    with pytest.raises(DataError, match=r"folder: no text in this folder; expected files ending in \.txt"):
+        build(tmp_path / "folder")
+    with pytest.raises(DataError, match="already a built data set"):
+        build(built)
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'text'; there are 'body'"):
+        build(tmp_path / "a.parquet")
+    (tmp_path / "locked.txt").write_text("x")
+    real_open = builtins.open
+    locked = str(tmp_path / "locked.txt")  # root may read anything, so the refusal is simulated
+
+    def refuse(file, *args, **kwargs):
+        if str(file) == locked:
+            raise PermissionError(13, "Permission denied")
+        return real_open(file, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    with pytest.raises(DataError, match=r"locked\.txt: cannot be read \(Permission denied\)"):
+        build(locked)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="cannot be written"):
+        data.build(["python-docs:1KB"], tmp_path / "file" / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_length": 4}, "seq_length must be at least 8, got 4"),
+        ({"vocab_size": 5}, "vocab_size must be above"),
+        ({"vocab_size": 10}, r"cannot even spell the characters of this text; give at least \d+"),
+        ({"validation_fraction": 1.0}, r"validation_fraction must lie in \[0, 1\)"),
+        ({"seed": -1}, "seed >= 0"),
+        ({"tokenizer": "TOKENIZER"}, "the tokenizer has no cls, sep, mask token"),
+        ({"tokenizer": "EMPTY"}, "cannot be loaded as a tokenizer"),
+    ],
+)
+def test_bad_settings_get_one_line(tmp_path, options, message):
+    from transformers import PreTrainedTokenizerFast
+
+    bare = BertTokenizer(vocab={"[UNK]": 0, "a": 1, "[PAD]": 2}).backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(tmp_path / "tok")
+    (tmp_path / "empty").mkdir()
+    places = {"TOKENIZER": str(tmp_path / "tok"), "EMPTY": str(tmp_path / "empty")}
+    options = {name: places.get(value, value) if isinstance(value, str) else value for name, value in options.items()}
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(100))
+    with pytest.raises(DataError, match=message) as caught:
+        data.build([str(source)], tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "empty", "tok"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("remove train/data-00000-of-00001.arrow", "is missing, the data set is incomplete"),
+        ("edit tokenizer/tokenizer_config.json", "tokenizer_config.json is not as it was built"),
+        ("shorten train/data-00000-of-00001.arrow", "is not as it was built"),
+        ("flip train/data-00000-of-00001.arrow", "is not as it was built"),
+        ("remove meta.json", "not a built data set"),
+        ("shorten meta.json", "meta.json: damaged"),
+        ("edit meta.json", "meta.json: damaged|format"),
+    ],
+)
+def test_damaged_folder_is_refused(built, tmp_path, damage, message):
+    import shutil
+
+    copy = shutil.copytree(built, tmp_path / "copy")
+    kind, name = damage.split(" ")
+    content = bytearray((copy / name).read_bytes())
+    if kind == "remove":
+        (copy / name).unlink()
+    elif kind == "shorten":
+        (copy / name).write_bytes(content[: len(content) // 2])
+    elif kind == "flip":
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(content)
+    else:
+        (copy / name).write_bytes(content.replace(b"{", b'{"added": 1, ', 1))
+    with pytest.raises(DataError, match=message):
+        data.load(copy, verify=kind == "flip")
+
+
+def test_hub_name_is_a_name_only_where_no_path_can_be_meant(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split, streaming):
+        asked.append((name, config, split, streaming))
+        if name == "some/gone":
+            raise ConnectionError("no route\nto host")
+        return iter([{"text": "from the hub"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert list(documents("some/name:en", "text")) == ["from the hub"]
+    with pytest.raises(DataError, match=r"some/gone: no such path here.*\(no route\); check the name"):
+        list(documents("some/gone", "text"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for path in ("texts/gone", "other/gone.txt", "a/b/c", "gone"):
+        with pytest.raises(DataError, match="no such file or folder"):
+            list(documents(path, "text"))
+    assert [name for name, *_ in asked] == ["some/name", "some/gone"] and asked[0][1:] == ("en", "train", True)
+
+
+def test_another_sequence_length_is_refused(built):
+    with pytest.raises(DataError, match="built for seq_length 32, but 128 is wanted"):
+        data.load(built, seq_length=128)
+
+
+def test_command_line_answers_bad_input_with_one_line(tmp_path, capsys):
+    assert main(["build", str(tmp_path / "gone.txt"), "--out", str(tmp_path / "o")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+def test_command_line_shows_a_data_set(built, packed, capsys):
+    assert main(["show", str(built), "--rows", "2", "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert packed.meta.fingerprint[:16] in shown and f"{packed.meta.train_tokens:,} tokens" in shown
+    assert shown.count("[CLS]") == 2
+
+
+# --- prepare ---------------------------------------------------------------------------------------------------------
+
+
+def test_prepare_builds_once_per_content_and_options(built, texts, tmp_path):
+    source, cache = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "cache"
+    options = {"vocab_size": 300, "seq_length": 32}
+    assert data.prepare(str(built), cache, **options) == built and not cache.exists()
+    first = data.prepare(str(source), cache, **options)
+    stamp = (first / "meta.json").stat().st_mtime_ns
+    assert data.prepare([str(source)], cache, **options) == first and (first / "meta.json").stat().st_mtime_ns == stamp
+    assert data.prepare(str(source), cache, **options | {"seq_length": 16}) != first
+    write_jsonl(source, texts[:-1])
+    assert data.prepare(str(source), cache, **options) != first
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 3
+
+
+def test_prepare_by_several_processes_builds_once(texts, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    code = (
+        "import sys, sctd_ds.data.packed as p; real = p.build\n"
+        "p.build = lambda *a, **k: (print('built'), real(*a, **k))[1]\n"
+        "print(p.prepare(sys.argv[1], sys.argv[2], vocab_size=300, seq_length=32))"
+    )
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    lines = sorted(line for process in running for line in process.communicate()[0].splitlines())
+    assert [process.returncode for process in running] == [0, 0]
+    assert lines[0] == lines[1] and lines[2:] == ["built"]
+
+
+# --- masking ---------------------------------------------------------------------------------------------------------
+
+
+def test_masking_follows_the_rule_of_transformers_collator(tokenizer):
+    rows = np.array(make_rows(4000, seq_length=64)["input_ids"])
+    masker = Masker(tokenizer, seed=3)
+    ours = masker(rows, [(0, i) for i in range(len(rows))])
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=3)
+    theirs = collator([{"input_ids": row.tolist()} for row in rows])
+
+    def shares(ids, labels):
+        chosen = labels != -100
+        kept, masked = ids[chosen] == labels[chosen], ids[chosen] == SPECIAL["mask"]
+        return np.array([chosen.mean(), masked.mean(), kept.mean(), (~masked & ~kept).mean()])
+
+    ours = shares(*ours)
+    theirs = shares(theirs["input_ids"].numpy(), theirs["labels"].numpy())
+    assert ours[0] == 9 / 64  # round(0.15 * 62) of 64, exactly
+    assert np.abs(ours[1:] - [0.8, 0.1, 0.1]).max() < 0.008  # 36,000 labels: four standard errors
+    assert np.abs(ours[1:] - theirs[1:]).max() < 0.012
+    assert abs(ours[0] - theirs[0]) < 0.012
+
+
+def test_every_position_and_every_word_has_its_turn(tokenizer):
+    row = np.array(make_rows(1, seq_length=16)["input_ids"][0])
+    masker = Masker(tokenizer, seed=0, mlm_probability=0.3)
+    ids, labels = masker(np.tile(row, (20_000, 1)), [(epoch, 0) for epoch in range(20_000)])
+    labels = labels != -100
+    assert (labels.sum(1) == 4).all() and not labels[:, [0, -1]].any()
+    assert np.abs(labels[:, 1:-1].mean(0) - 4 / 14).max() < 0.014
+    random_words = ids[labels & (ids != SPECIAL["mask"]) & (ids != row)]
+    counts = np.bincount(random_words, minlength=1000)
+    assert (counts[:5] == 0).all() and counts.sum() > 7000 and counts[5:].max() < 30  # about 8 each
+
+
+def test_mask_is_a_function_of_seed_epoch_and_sample_only(tokenizer):
+    rows = np.array(make_rows(4, seq_length=64, padded=40)["input_ids"])
+    samples = [(2, 5), (0, 0), (2, 6), (3, 5)]
+    masker = Masker(tokenizer, seed=7)
+    ids, labels = masker(rows, samples)
+    for i, sample in enumerate(samples):  # neither its companions in a batch nor what came before matter
+        alone = Masker(tokenizer, seed=7)(rows[i : i + 1], [sample])
+        assert np.array_equal(alone[0][0], ids[i]) and np.array_equal(alone[1][0], labels[i])
+    assert np.array_equal(np.where(labels == -100, ids, labels), rows)  # labels restore the rows
+    same_row = np.tile(rows[0], (4, 1))
+    patterns = [*masker(same_row, samples)[1], Masker(tokenizer, seed=8)(rows[:1], samples[:1])[1][0]]
+    assert len({pattern.tobytes() for pattern in patterns}) == 5
+
+
+def test_label_count_depends_on_the_length_only(tokenizer):
+    masker = Masker(tokenizer, seed=0)
+    row = np.array(make_rows(1, seq_length=64)["input_ids"][0])
+    with_separators, short, unknown = row.copy(), np.zeros(64, dtype=int), np.ones(64, dtype=int)
+    with_separators[5:40:3] = SPECIAL["sep"]
+    short[:3] = [2, 77, 3]
+    batch = np.stack([row, with_separators, short, unknown])
+    ids, labels = masker(batch, [(0, i) for i in range(4)])
+    assert (labels != -100).sum(1).tolist() == [9, 9, 1, 0] and masker.labels_per_row(64) == 9
+    assert labels[2].tolist() == [-100, 77] + [-100] * 62
+    special = np.isin(batch, list(SPECIAL.values()))
+    assert (ids[special] == batch[special]).all() and (labels[special] == -100).all()
+
+
+def test_masker_refuses_nonsense(tokenizer):
+    for options in ({"mlm_probability": 0.0}, {"mlm_probability": 1.0}, {"seed": -1}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            Masker(tokenizer, **{"seed": 0} | options)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def make_loader(tokenizer, rows, **options):
+    defaults = {"micro_batch": 2, "accumulation": 2, "rank": 0, "world": 1, "seed": 5}
+    return Loader(rows, Masker(tokenizer, seed=5), **defaults | options)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_each_row_comes_once_per_epoch_in_a_new_order(tokenizer):
+    loader = make_loader(tokenizer, make_rows(10), micro_batch=3, accumulation=1)
+    samples = []
+    for _ in range(10):  # 30 samples, 3 epochs; batches span their ends
+        next(loader)
+        samples += loader.sample_ids
+    assert [epoch for epoch, _ in samples] == [0] * 10 + [1] * 10 + [2] * 10
+    orders = [[row for e, row in samples if e == epoch] for epoch in range(3)]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != list(range(10)) and orders[0] != list(range(10))
+    assert loader.position == 30
+
+
+def test_batches_hold_the_rows_they_name(tokenizer):
+    rows = make_rows(7)
+    loader, masker = make_loader(tokenizer, rows), Masker(tokenizer, seed=5)
+    for _ in range(9):
+        batch = next(loader)
+        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+        for i, (epoch, row) in enumerate(loader.sample_ids):
+            ids, labels = masker(np.array([rows[row]["input_ids"]]), [(epoch, row)])
+            assert batch["input_ids"][i].tolist() == ids[0].tolist()
+            assert batch["labels"][i].tolist() == labels[0].tolist()
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulation", "world"), [(1, 12, 1), (3, 2, 2), (3, 1, 4), (2, 3, 2), (1, 1, 12)])
+def test_a_step_sees_the_same_samples_for_every_split(tokenizer, micro_batch, accumulation, world):
+    rows = make_rows(31)
+    whole = make_loader(tokenizer, rows, micro_batch=12, accumulation=1)
+    split = [
+        make_loader(tokenizer, rows, micro_batch=micro_batch, accumulation=accumulation, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    for _ in range(6):
+        batch = next(whole)
+        parts = [next(loader) for _ in range(accumulation) for loader in split]
+        for name in ("input_ids", "labels"):
+            assert torch.equal(torch.cat([part[name] for part in parts]), batch[name])
+        assert {loader.position for loader in split} == {whole.position}
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_resumed_run_sees_what_the_uninterrupted_run_saw(tokenizer, stop):
+    rows = make_rows(13, padded=4)  # 13 rows, 4 samples a step: epochs end inside steps and inside micro-batches
+    whole, first = make_loader(tokenizer, rows), make_loader(tokenizer, rows)
+    for _ in range(2 * stop):
+        assert same(next(whole), next(first))
+    state = json.loads(json.dumps(first.state_dict()))
+    assert state == {"position": 4 * stop}
+    resumed = make_loader(tokenizer, rows)
+    next(resumed)  # what was taken before must not matter
+    resumed.load_state_dict(state)
+    started = make_loader(tokenizer, rows, start=4 * stop)
+    for _ in range(8):
+        expected = next(whole)
+        assert same(expected, next(resumed)) and same(expected, next(started))
+        assert whole.sample_ids == resumed.sample_ids and whole.position == resumed.position
+
+
+def test_position_counts_finished_steps(tokenizer):
+    loader = make_loader(tokenizer, make_rows(9), accumulation=3, world=2)
+    positions = [loader.position]
+    for _ in range(6):
+        next(loader)
+        positions.append(loader.position)
+    assert positions == [0, 0, 0, 12, 12, 12, 24]
+
+
+def test_resume_far_away_costs_nothing(tokenizer):
+    loader = make_loader(tokenizer, make_rows(10), start=10**15)
+    next(loader)
+    assert loader.sample_ids[0][0] == 10**14
+
+
+def test_workers_change_nothing(tokenizer):
+    rows = make_rows(13, padded=4)
+    alone, helped = make_loader(tokenizer, rows), make_loader(tokenizer, rows, num_workers=2)
+    for _ in range(12):
+        assert same(next(alone), next(helped))
+    helped.load_state_dict({"position": 4})
+    alone.load_state_dict({"position": 4})
+    for _ in range(3):
+        assert same(next(alone), next(helped))
+
+
+def test_attention_mask_comes_with_padded_rows_only(tokenizer):
+    rows = make_rows(6, padded=4)
+    loader = make_loader(tokenizer, rows)
+    seen = set()
+    for _ in range(12):
+        batch = next(loader)
+        has_padded = any(row == 5 for _, row in loader.sample_ids)
+        assert ("attention_mask" in batch) == has_padded
+        if has_padded:
+            expected = [[1] * 12 + [0] * 4 if row == 5 else [1] * 16 for _, row in loader.sample_ids]
+            assert batch["attention_mask"].tolist() == expected and batch["attention_mask"].dtype == torch.int64
+        seen.add(has_padded)
+    assert seen == {True, False}
+
+
+def test_loading_leaves_the_global_generators_alone(tokenizer):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    next(make_loader(tokenizer, make_rows(6)))
+    next(make_loader(tokenizer, make_rows(6), num_workers=1))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1] and random.getstate() == before[2]
+
+
+def test_without_shuffle_rows_keep_their_order(tokenizer):
+    loader = make_loader(tokenizer, make_rows(3), shuffle=False, accumulation=1)
+    samples = [sample for _ in range(3) for sample in (next(loader), loader.sample_ids)[1]]
+    assert samples == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"micro_batch": 0}, {"accumulation": 0}, {"rank": 1}, {"seed": -1}, {"start": -4}, {"num_workers": -1}]
+)
+def test_loader_refuses_nonsense(tokenizer, options):
+    with pytest.raises(ValueError, match={"start": "position"}.get(next(iter(options)), next(iter(options)))):
+        make_loader(tokenizer, make_rows(3), **options)
+
+
+def test_validation_is_the_same_for_every_run_and_world(tokenizer):
+    rows = make_rows(11, padded=4)
+
+    def batches(seed=0, **options):
+        return list(validation_batches(rows, Masker(tokenizer, seed), batch_size=2, **options))
+
+    whole = batches()
+    assert [len(batch["labels"]) for batch in whole] == [2, 2, 2, 2, 2, 1]
+    assert ["attention_mask" in batch for batch in whole] == [False] * 5 + [True]
+    assert all(same(a, b) for a, b in zip(whole, batches(seed=9), strict=True))
+    for world, limit in ((2, None), (4, None), (2, 3)):
+        shares = [batches(rank=rank, world=world, max_batches=limit) for rank in range(world)]
+        together = [batch for turn in itertools.zip_longest(*shares) for batch in turn if batch]
+        assert len(together) == (limit or 6) and all(same(a, b) for a, b in zip(whole, together, strict=False))
