@@ -27,14 +27,13 @@ KEPT_IDS = [UNK, CLS, SEP, MASK]
 DOUBLE = 1e-9  # relative tolerance in float64; a step through float32 anywhere would cost 1e-7
 SINGLE = 1e-3  # and in float32, where small sums of large terms lose digits
 
-
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 # Material: models, batches, tables
 
 
-def bert(layers: int, seed: int = 0, **overrides: object) -> BertForMaskedLM:
+def bert(layers: int) -> BertForMaskedLM:
     """A tiny float64 BERT in training mode; no parameter, biases and LayerNorms included, is near its default."""
     config = BertConfig(
         vocab_size=VOCAB,
@@ -46,13 +45,15 @@ def bert(layers: int, seed: int = 0, **overrides: object) -> BertForMaskedLM:
         pad_token_id=PAD,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        **overrides,
     )
     model = BertForMaskedLM(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
+    # Sharp attention and quiet mixing keep the tokens of a sequence apart in deep layers: which are kept has to matter.
+    scales = {"query": 0.5, "key": 0.5, "embeddings": 0.5, "value": 0.2, "dense": 0.2}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            scale = next((scales[part] for part in name.split(".") if part in scales and parameter.dim() == 2), 0.1)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             if name.endswith("LayerNorm.weight"):
                 parameter.add_(1.0)
     return model.double().train()
@@ -84,6 +85,8 @@ class Case:
         ids[:, 0] = self.first_token
         labels = torch.full_like(ids, oracle.IGNORE)
         mask = torch.ones_like(ids)
+        if self.real is None:
+            ids[:, self.length // 2] = PAD  # a token like any other, but for its embedding, which is not learned
         for row, count in enumerate(self.labels):
             real = self.length if self.real is None else self.real[row]
             ids[row, real - 1] = SEP
@@ -93,12 +96,13 @@ class Case:
             labels[row, chosen] = ids[row, chosen]
             masked = chosen[: math.ceil(0.6 * count)]  # the others stay, so they can be dropped
             ids[row, masked] = MASK
-        types = (torch.arange(self.length) >= self.length // 2).long().expand(rows, -1) if self.types else None
+        second = torch.arange(self.length) >= self.length // 2 - torch.arange(rows)[:, None]  # another place in each row
+        types = second.long() if self.types else None
         return Batch(ids, labels, None if self.real is None else mask, types)
 
-    def scores(self, seed: int = 0) -> Tensor:
+    def scores(self) -> Tensor:
         """The importance table, [V] fp32."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         scores = {
             "random": torch.rand(VOCAB, generator=generator) * 8 + 1,
             "default": torch.full((VOCAB,), 10.0),
@@ -145,9 +149,7 @@ def assert_same(model: BertForMaskedLM, loss: Tensor, expected: oracle.Outcome, 
     for name, gradient in expected.gradients.items():
         actual = parameters[name].grad
         actual = torch.zeros_like(gradient) if actual is None else actual.cpu().double()
-        torch.testing.assert_close(
-            actual, gradient, rtol=tolerance, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(actual, gradient, rtol=tolerance, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # The oracle itself, against what it can be held against
@@ -212,7 +214,7 @@ def settings_id(method: Method) -> str:
 
 
 def test_oracle_settings_all_matter() -> None:
-    """No two settings agree within the tolerance the package is held to, so that taking one for another shows."""
+    """No two settings agree within the tolerances the package is held to, so that taking one for another shows."""
     case = CASES[2]
     model = bert(case.layers)
     differing = [method for method in ALIGNMENTS if method.interval != 1]  # the interval schedule under another name
@@ -223,7 +225,7 @@ def test_oracle_settings_all_matter() -> None:
             ((gradients[i][name] - gradients[j][name]).abs().max() / gradients[i][name].abs().max()).item()
             for name in ("cls.predictions.transform.dense.weight", "bert.encoder.layer.2.output.dense.weight")
         )
-        assert distance > 1e-4, (methods[i], methods[j])
+        assert distance > 10 * SINGLE, (methods[i], methods[j])
 
 
 def test_oracle_spread_over_every_row_is_the_interval_schedule() -> None:
@@ -465,9 +467,7 @@ def test_nan_losses_of_one_row_hide_no_other() -> None:
     model, _ = converted(case, Method(mode="drop"), decay=0.5)
     batch = poisoned(model, case.batch(), row=1)
     pairs = reference(model, case, Method(mode="drop")).label_losses  # of the batch without the NaN row's token type
-    finite = [
-        pair for pair, row in zip(pairs, (batch.labels != oracle.IGNORE).nonzero()[:, 0], strict=True) if row != 1
-    ]
+    finite = [pair for pair, row in zip(pairs, (batch.labels != oracle.IGNORE).nonzero()[:, 0], strict=True) if row != 1]
     assert 0 < len(finite) < len(pairs)
     assert model(**inputs(batch)).loss.isnan()
     sctd_ds.importance(model).update()
