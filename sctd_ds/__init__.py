@@ -8,7 +8,7 @@ from sctd_ds.encoder import convert, importance, revert, set_mode
 
 if TYPE_CHECKING:
     from sctd_ds.engine import ScTDEngine, initialize
-    from sctd_ds.export import export
+    from sctd_ds.huggingface import export
 
 try:
     __version__ = version("sctd_ds")
@@ -27,7 +27,7 @@ __all__ = [
     "set_mode",
 ]
 
-_LAZY = {"initialize": "engine", "ScTDEngine": "engine", "export": "export"}
+_LAZY = {"initialize": "engine", "ScTDEngine": "engine", "export": "huggingface"}
 
 
 def __getattr__(name: str) -> Any:

@@ -99,7 +99,7 @@ class PretrainConfig(_Block):
     probe_steps: int = Field(5, ge=0)
     """Timed steps of each kind at start-up, on a copy of the model, from which the saving is computed; 0: not measured."""
     num_workers: int = Field(0, ge=0)
-    """Data loader processes per rank."""
+    """Threads per rank that prepare batches ahead; they change speed only."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile of the encoder layers; "auto": on GPUs."""
     precision: Literal["auto", "strict"] = "auto"

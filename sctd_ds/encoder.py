@@ -188,6 +188,8 @@ def convert(model: nn.Module, config: ScTDConfig | None = None) -> nn.Module:
         loss, state.parts = objective.compute(state, batch)
         return state.adapter.output(loss, batch)
 
+    # Pickle stores a bound method by name and would silently bring the class's own forward back; this name fails aloud.
+    forward.__name__ = "sctd_training_forward"
     model.forward = types.MethodType(forward, model)
     return model
 

@@ -53,7 +53,7 @@ def settings(**changes: object) -> dict:
         "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "torch_adam": True}},
         "scheduler": {
             "type": "WarmupDecayLR",
-            "params": {"warmup_max_lr": "auto", "warmup_num_steps": 3, "warmup_type": "linear", "total_num_steps": "auto"},
+            "params": {"warmup_max_lr": "auto", "warmup_num_steps": 1, "warmup_type": "linear", "total_num_steps": "auto"},
         },
         "zero_optimization": {"stage": 2},
         "gradient_clipping": 1.0,
@@ -84,5 +84,5 @@ def small_data(tmp_path_factory) -> Path:
     generator = random.Random(0)
     words = [f"{a}{b}" for a in ("ba", "ko", "mi", "tu", "re", "sal") for b in ("ndo", "ri", "lette", "x", "gam", "s")]
     documents = [" ".join(generator.choice(words) for _ in range(generator.randint(20, 60))) + "." for _ in range(24)]
-    (folder / "text.txt").write_text("\n".join(documents))
+    (folder / "text.txt").write_text("\n\n".join(documents))
     return data.build([str(folder / "text.txt")], folder / "built", vocab_size=300, seq_length=32, validation_fraction=0.1)

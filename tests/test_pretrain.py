@@ -1,0 +1,271 @@
+"""The main job as a user runs it: results, exact resume, signals, damaged checkpoints, bad input."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, launch, launch_command, launch_environment, settings, write_settings
+
+sys.path.insert(0, str(ROOT))
+
+import pretrain
+from sctd_ds import checkpoint, metrics
+
+INTERVAL, EPOCH = 4, 5  # steps; see conftest
+RESUMED = (1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * EPOCH)
+
+
+def records(run: Path) -> list[dict]:
+    timing = ("step_ms", "tokens_per_s")
+    return [{k: v for k, v in r.items() if k not in timing} for r in metrics.read(run / "metrics.jsonl")]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Losses, rates, norms and validations of every step, and every tensor of the last checkpoint: bit for bit."""
+    assert records(one) == records(other)
+    last = sorted((one / "checkpoints").glob("step_*"))[-1].name
+    files = sorted(p.name for p in (one / "checkpoints" / last).glob("*.pt"))
+    assert files == sorted(p.name for p in (other / "checkpoints" / last).glob("*.pt")) and len(files) >= 3
+    for file in files:
+        a, b = (torch.load(run / "checkpoints" / last / file, weights_only=False) for run in (one, other))
+        assert_equal(a, b, file)
+
+
+def assert_equal(a, b, where):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}:{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}:{i}")
+    elif isinstance(a, int | float | str | bool | None):
+        assert a == b, where
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
+def resumed(request, small_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"resume{request.param}")
+    config = write_settings(folder / "mini.json")
+    done = launch(ROOT / "tests" / "resume_scenarios.py", config, small_data, folder, *RESUMED, ranks=request.param, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("step", RESUMED)
+def test_resumed_run_is_the_run_that_never_stopped(resumed, step):
+    assert_same_end(resumed / "whole", resumed / f"from_{step}")
+
+
+def test_run_writes_what_it_promises(resumed):
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    run = resumed / "whole"
+    train = [r for r in metrics.read(run / "metrics.jsonl") if r["event"] == "train"]
+    assert [r["kind"] for r in train] == ["align" if t % INTERVAL == 0 else "drop" for t in range(1, 15)]
+    wanted = "step kind loss ce_drop lr grad_norm loss_scale step_ms tokens_per_s kept_token_share".split()
+    assert all(key in r for r in train for key in wanted)
+    assert all(("ce_full" in r and "kl_last" in r and "kl_previous" in r) == (r["kind"] == "align") for r in train)
+    assert train[-1]["loss"] < train[0]["loss"]
+    validations = [r for r in metrics.read(run / "metrics.jsonl") if r["event"] == "validation"]
+    assert [r["step"] for r in validations] == [5, 10, 14]
+    assert all(abs(r["gap"] - (r["loss_drop"] - r["loss_full"])) < 1e-9 and r["cosine_last"] <= 1 + 1e-6 for r in validations)
+    report = json.loads((run / "report.json").read_text())
+    assert report["time_saved"] is None and 0 < report["flops_saved"] < 1  # probe_steps is 0 here: nothing measured, nothing claimed
+    assert (run / "report.png").stat().st_size > 10_000
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(run / "model"), AutoTokenizer.from_pretrained(run / "model")
+    assert model(**tokenizer("bando kori", return_tensors="pt")).logits.shape[-1] == model.config.vocab_size
+    assert "library_name" in (run / "model" / "README.md").read_text()
+
+
+def test_sigterm_to_the_workers_saves_and_the_same_command_continues(small_data, tmp_path):
+    steps = {"steps": 60, "save_every": 0, "validation_every": 0}
+    config = write_settings(tmp_path / "mini.json", pretrain=steps)
+    arguments = ["--deepspeed_config", config, "--data", small_data, "--output"]
+    process = subprocess.Popen(
+        launch_command(ROOT / "pretrain.py", *arguments, tmp_path / "stopped", ranks=2), cwd=ROOT, env=launch_environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while len(metrics.read(log)) < 5:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
+        time.sleep(0.05)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if any("pretrain.py" in a for a in p.cmdline()[:4])]
+    workers = [p for p in workers if any(a.startswith("--local_rank") for a in p.cmdline())]
+    assert len(workers) == 2
+    workers[0].send_signal(signal.SIGTERM)  # one rank is told, both must agree
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    saved = list((tmp_path / "stopped" / "checkpoints").glob("step_*"))
+    assert len(saved) == 1, output[-3000:]
+    for folder in ("stopped", "whole"):
+        done = launch(ROOT / "pretrain.py", *arguments, tmp_path / folder, ranks=2)
+        assert done.returncode == 0, done.stdout[-3000:]
+    assert "continuing from" not in done.stdout
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+
+
+# From here on in this process, one rank.
+
+
+@pytest.fixture
+def mini(small_data, tmp_path):
+    """Runs pretrain.py's main with changes to the small configuration; returns (status, stderr text)."""
+
+    def run(*more: str, output: str = "run", **changes) -> int:
+        config = write_settings(tmp_path / "mini.json", **changes)
+        return pretrain.run_and_report(
+            ["--deepspeed_config", str(config), "--data", str(small_data), "--output", str(tmp_path / output), *more]
+        )
+
+    run.folder = tmp_path
+    return run
+
+
+FEW = {"steps": 4, "validation_every": 0}
+
+
+def test_probe_leaves_no_trace_and_measures_every_kind(mini):
+    assert mini(output="without", pretrain=FEW) == 0
+    assert mini(output="with", pretrain={**FEW, "probe_steps": 2}) == 0
+    assert_same_end(mini.folder / "without", mini.folder / "with")
+    report = json.loads((mini.folder / "with" / "report.json").read_text())
+    assert set(report["step_ms"]) == {"dense", "drop", "align", "huggingface"} and all(v > 0 for v in report["step_ms"].values())
+    ms = report["step_ms"]
+    assert report["time_saved"] == pytest.approx(1 - (0.75 * ms["drop"] + 0.25 * ms["align"]) / ms["dense"])
+
+
+def test_dry_run_forecasts_and_writes_nothing(mini, caplog):
+    before = sorted(mini.folder.rglob("*"))
+    with caplog.at_level("INFO"):
+        assert mini("--dry-run") == 0
+    assert sorted(p for p in mini.folder.rglob("*") if p.name != "mini.json") == before
+    assert re.search(r"whole run\s+14 steps, about [\d.,]+ hours", caplog.text) and "time saved" in caplog.text
+
+
+def test_loader_workers_change_nothing(mini):
+    assert mini(output="none", pretrain=FEW) == 0
+    assert mini(output="two", pretrain={**FEW, "num_workers": 2}) == 0
+    assert records(mini.folder / "none") == records(mini.folder / "two")
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(mini, capsys, caplog):
+    assert mini(pretrain={**FEW, "steps": 3}) == 0
+    shutil.copytree(mini.folder / "run", mini.folder / "copy")
+    checkpoints = mini.folder / "run" / "checkpoints"
+    (checkpoints / "latest").write_text("")
+    model = checkpoints / "step_00000003" / "mp_rank_00_model_states.pt"
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    (checkpoints / "step_00000002" / "settings.json").unlink()
+    (checkpoints / "partial-step_00000009").mkdir()
+    assert mini(pretrain={**FEW, "steps": 3}) == 0
+    assert "step_00000003" in caplog.text and "SHA-256" in caplog.text and "settings.json is missing" in caplog.text
+    assert not (checkpoints / "partial-step_00000009").exists()
+    assert records(mini.folder / "run") == records(mini.folder / "copy")
+    for step in checkpoints.glob("step_*"):
+        file = step / "mp_rank_00_model_states.pt"
+        file.write_bytes(file.read_bytes()[:100])
+    assert mini(pretrain={**FEW, "steps": 3}) == 2
+    assert "every checkpoint" in capsys.readouterr().err
+
+
+def test_resume_must_and_never(mini, capsys):
+    assert mini("--resume", "must") == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    assert mini("--resume", "never", pretrain=FEW) == 0
+    assert mini("--resume", "never", pretrain=FEW) == 2
+    assert "--resume is never" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_configuration_is_refused_with_the_difference(mini, capsys):
+    assert mini(pretrain={**FEW, "steps": 2}) == 0
+    assert mini("--set", "sctd.interval=5", pretrain={**FEW, "steps": 2}) == 2
+    assert "sctd.interval: 4 -> 5" in capsys.readouterr().err
+    assert mini("--set", "pretrain.log_every=7", pretrain={**FEW, "steps": 2}) == 0
+    assert mini(pretrain=FEW) == 2
+    assert "pretrain.steps: 2 -> 4" in capsys.readouterr().err
+    allowed = ("pretrain.steps", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
+    assert mini(*(x for key in allowed for x in ("--allow-change", key)), pretrain=FEW) == 0
+    assert records(mini.folder / "run")[-2]["step"] == 4
+
+
+def test_keep_last_and_failed_writes_leave_complete_checkpoints(mini, monkeypatch, capsys):
+    assert mini(pretrain={**FEW, "keep_last": 2}) == 0
+    checkpoints = mini.folder / "run" / "checkpoints"
+    assert sorted(p.name for p in checkpoints.glob("step_*")) == ["step_00000003", "step_00000004"]
+    assert (checkpoints / "latest").read_text() == "step_00000004"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", full)
+    assert mini("--allow-change", "pretrain.steps", "--allow-change", "scheduler.params.total_num_steps", pretrain={"steps": 6}) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert sorted(p.name for p in checkpoints.iterdir() if p.is_dir()) == ["step_00000003", "step_00000004"]
+    assert all(checkpoint.verify(p) is None for p in checkpoints.glob("step_*"))
+
+
+def test_nan_loss_stops_with_step_and_samples(mini, monkeypatch, capsys, caplog):
+    original = pretrain.build_model
+
+    def poisoned(run, packed):
+        model = original(run, packed)
+        calls = []
+
+        def hook(module, inputs, output):
+            calls.append(1)
+            return output * float("nan") if len(calls) == 5 else output
+
+        model.cls.predictions.transform.register_forward_hook(hook)
+        return model
+
+    monkeypatch.setattr(pretrain, "build_model", poisoned)
+    assert mini(pretrain=FEW) == 3
+    assert "step 3: the loss is not finite" in capsys.readouterr().err
+    assert re.search(r"samples \(epoch, row\).*\[\(0, \d+\)", caplog.text)
+    assert sorted(p.name for p in (mini.folder / "run" / "checkpoints").glob("step_*")) == ["step_00000001", "step_00000002"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--set", "sctd.intervall=3"], 'unknown key "intervall" in sctd; did you mean "interval"?'),
+        (["--set", "zero_optimizaton.stage=2"], 'did you mean "zero_optimization"?'),
+        (["--set", "pretrain.seq_length=64"], "32"),
+        (["--set", "train_batch_size=7"], "divides 7"),
+        (["--set", "train_batch_size=800"], "fewer than one batch"),
+        (["--data", "/nowhere/text.txt"], "/nowhere/text.txt"),
+        (["--deepspeed_config", "/nowhere.json"], "no such configuration file"),
+    ],
+)
+def test_bad_input_is_one_clear_message_and_exit_2(mini, capsys, change, message):
+    assert mini(*change) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (mini.folder / "run" / "checkpoints").exists()
+
+
+def test_help_names_every_option():
+    done = subprocess.run([sys.executable, "pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True,
+                          env={**os.environ, "COLUMNS": "120"})  # fmt: skip
+    for option in ("--deepspeed_config", "--data", "--output", "--resume", "--set", "--allow-change", "--dry-run"):
+        assert option in done.stdout
+
+
+def test_small_settings_are_what_the_tests_say():
+    assert settings()["sctd"]["interval"] == INTERVAL
