@@ -1,16 +1,19 @@
 """Compile every kernel to machine code without a GPU: `python kernels/compile_all.py`.
 
-The interpreter, in which the tests run on machines without a GPU, lets type errors, unsupported instructions and register spills
-through; building the cubins does not. Nothing is described twice: the operators themselves are called, over every block size of
-their launch tables, every dtype, aligned and not, and their launches are caught on the way to the driver. Each distinct launch
-is then compiled for every architecture, and printed in one line. A kernel that spills registers makes the exit status 1.
+The interpreter, in which the tests run on machines without a GPU, lets type errors, unsupported instructions and register
+spills through; building the cubins does not. Nothing is described twice: the operators themselves are called, over every block
+size of their launch tables, every dtype, aligned and not, and their launches are caught on the way to the driver. Each distinct
+launch is then compiled for every architecture and printed in one line. The exit status is 1 if a kernel spills registers, or
+if one that moves aligned rows does not do so in accesses of 16 bytes.
 """
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +33,7 @@ from triton.runtime.jit import JITFunction
 ARCHITECTURES = (80, 90)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
+WIDE = ("take_rows_kernel", "split_rows_kernel", "softmax_kl_kernel", "softmax_kl_backward_kernel", "cross_entropy_kernel")
 TYPE_NAMES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
@@ -42,7 +46,7 @@ class Launch:
 
     kernel: JITFunction = field(compare=False)
     name: str
-    label: str
+    label: str = field(compare=False)
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible_by_16: tuple[int, ...]
@@ -82,7 +86,7 @@ class Launch:
         return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": self.num_warps})
 
 
-def _floats(*shape: int, dtype: torch.dtype, aligned: bool) -> torch.Tensor:
+def floats(*shape: int, dtype: torch.dtype, aligned: bool) -> torch.Tensor:
     """Uninitialised memory; not aligned: an odd row length, and a start between two 16-byte boundaries."""
     if aligned:
         return torch.empty(shape, dtype=dtype)
@@ -90,59 +94,60 @@ def _floats(*shape: int, dtype: torch.dtype, aligned: bool) -> torch.Tensor:
     return torch.empty(*rows, columns + 1, dtype=dtype)[..., 1:-1] if columns > 2 else torch.empty(shape, dtype=dtype)
 
 
-def _powers(smallest: int, largest: int) -> Iterator[int]:
+def powers(smallest: int, largest: int) -> Iterator[int]:
     while smallest <= largest:
         yield smallest
         smallest *= 2
 
 
-def calls() -> Iterator[tuple[str, Any]]:
-    """(label, call) of every launch there can be: each call launches one kernel on tensors with 2 rows of everything."""
+def launch_all() -> Iterator[str]:
+    """Make every launch there can be, on tensors with few rows. Yields a label, then makes the launch that it names."""
     kept, slot = torch.empty(2, 16, dtype=torch.int32), torch.empty(2, 32, dtype=torch.int32)
-    for dtype in FLOATS:
-        name = TYPE_NAMES[dtype]
-        for D in _powers(routing.MIN_BLOCK_D, routing.MAX_BLOCK_D):
-            for aligned in (True, False):
-                x = _floats(2, 32, D, dtype=dtype, aligned=aligned)
-                y = _floats(2, 16, D, dtype=dtype, aligned=aligned)
-                yield f"{name} gather", lambda x=x: routing.gather(x, kept, slot)
-                yield f"{name} merge", lambda x=x, y=y: routing.merge(x, y, kept, slot)
-                yield f"{name} unmerge x", lambda x=x: routing.unmerge(x, kept, slot, True, False)
-                yield f"{name} unmerge", lambda x=x: routing.unmerge(x, kept, slot, True, True)
-        for D in _powers(divergence.MIN_BLOCK, divergence.MAX_BLOCK):
-            for aligned in (True, False):
-                t = _floats(32, D, dtype=dtype, aligned=aligned)
-                rows, stats = torch.empty(32), torch.empty(5, 32)
-                yield f"{name}", lambda t=t: divergence.softmax_kl_forward(t, t)
-                for need in ((True, True), (True, False), (False, True)):
-                    yield (
-                        f"{name} {'t' * need[0]}{'s' * need[1]}",
-                        lambda t=t, need=need: divergence.softmax_kl_backward(rows, t, t, stats, *need),
-                    )
+    rows, kl_stats, ce_stats = torch.empty(32), torch.empty(5, 32), torch.empty(2, 32)
+    scores, loss_stats = torch.empty(64), torch.empty(2, 64, dtype=torch.float64)
+    for dtype, aligned in itertools.product(FLOATS, (True, False)):
+        name = TYPE_NAMES[dtype] + ("" if aligned else " unaligned")
+        for D in powers(routing.MIN_BLOCK_D, routing.MAX_BLOCK_D):
+            x, y = floats(2, 32, D, dtype=dtype, aligned=aligned), floats(2, 16, D, dtype=dtype, aligned=aligned)
+            yield f"{name} gather"
+            routing.gather(x, kept, slot)
+            yield f"{name} merge"
+            routing.merge(x, y, kept, slot)
+            yield f"{name} merge, dx"
+            routing.unmerge(x, kept, slot, True, False)
+            yield f"{name} merge, dx dy"
+            routing.unmerge(x, kept, slot, True, True)
+        for D in powers(divergence.MIN_BLOCK, divergence.MAX_BLOCK):
+            x = floats(32, D, dtype=dtype, aligned=aligned)
+            yield name
+            divergence.softmax_kl_forward(x, x)
+            yield f"{name} both"
+            divergence.softmax_kl_backward(rows, x, x, kl_stats, True, True)
+            yield f"{name} teacher"
+            divergence.softmax_kl_backward(rows, x, x, kl_stats, True, False)
+            yield f"{name} student"
+            divergence.softmax_kl_backward(rows, x, x, kl_stats, False, True)
         for integer in INTEGERS:
-            for aligned in (True, False):
-                logits = _floats(32, 2 * cross_entropy.BLOCK_V, dtype=dtype, aligned=aligned)
-                labels, rows, stats = torch.empty(32, dtype=integer), torch.empty(32), torch.empty(2, 32)
-                label = f"{name} {TYPE_NAMES[integer]}"
-                yield label, lambda x=logits, y=labels: cross_entropy.cross_entropy_forward(x, y, -100, False)
-                yield label, lambda x=logits, y=labels: cross_entropy.cross_entropy_backward(rows, x, y, stats, -100)
-            yield (
-                f"{name} {TYPE_NAMES[integer]}",
-                lambda y=labels, x=rows.to(dtype): importance.record(torch.empty(2, 64, dtype=torch.float64), y, x, -100),
-            )
-    yield "fp32", lambda: importance.update(torch.empty(64), torch.empty(2, 64, dtype=torch.float64), 0.995)
-    for S in _powers(selection.MIN_BLOCK, selection.MAX_TOKENS):
-        for integer in INTEGERS:
-            ids = torch.empty(2, S, dtype=integer)
-            for mask in (None, torch.bool, torch.int64, torch.int32):
-                mask = mask and torch.empty(2, S, dtype=mask)
-                label = f"{TYPE_NAMES[integer]} mask {'none' if mask is None else str(mask.dtype).removeprefix('torch.')}"
-                yield label, lambda ids=ids, mask=mask: selection.select(torch.empty(64), ids, 16, mask)
+            logits = floats(32, 2 * cross_entropy.BLOCK_V, dtype=dtype, aligned=aligned)
+            labels = torch.empty(32, dtype=integer)
+            yield f"{name} {TYPE_NAMES[integer]}"
+            cross_entropy.cross_entropy_forward(logits, labels, -100, False)
+            yield f"{name} {TYPE_NAMES[integer]}"
+            cross_entropy.cross_entropy_backward(rows, logits, labels, ce_stats, -100)
+            yield f"{name} {TYPE_NAMES[integer]}"
+            importance.record(loss_stats, labels, rows.to(dtype), -100)
+    yield "fp32"
+    importance.update(scores, loss_stats, 0.995)
+    masks = (None, torch.bool, torch.uint8, torch.int32, torch.int64)
+    for integer, mask, S in itertools.product(INTEGERS, masks, powers(selection.MIN_BLOCK, selection.MAX_TOKENS)):
+        yield f"{TYPE_NAMES[integer]} mask {str(mask).removeprefix('torch.')}"
+        ids = torch.empty(2, S, dtype=integer)
+        selection.select(scores, ids, 16, None if mask is None else torch.empty(2, S, dtype=mask))
 
 
 @cache
 def launches() -> list[Launch]:
-    """Every distinct launch, in the order of `calls`."""
+    """Every distinct launch, in the order of `launch_all`."""
     found: dict[Launch, None] = {}
     label = ""
 
@@ -151,8 +156,8 @@ def launches() -> list[Launch]:
 
     run, JITFunction.run = JITFunction.run, catch
     try:
-        for label, call in calls():  # noqa: B007 - `catch` reads it
-            call()
+        for label in launch_all():  # noqa: B007 - `catch` reads it
+            pass
     finally:
         JITFunction.run = run
     return list(found)
@@ -169,31 +174,46 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def compile_one(job: tuple[int, int]) -> tuple[str, int]:
-    """(line to print, bytes spilled) of the launch with this index, for this architecture."""
+def access_width(ptx: str) -> int:
+    """Bytes per access to global memory, of the width in which most bytes move."""
+    moved: Counter[int] = Counter()
+    for count, bits in re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\b", ptx):
+        width = int(count or 1) * int(bits) // 8
+        moved[width] += width
+    return moved.most_common(1)[0][0] if moved else 0
+
+
+def compile_one(job: tuple[int, int]) -> tuple[str, str]:
+    """(line to print, what is wrong with it if anything) of the launch with this index, for this architecture."""
     index, architecture = job
     launch = launches()[index]
     kernel = launch.compile(architecture)
     registers, spills = resources(kernel.asm["cubin"])
+    access = access_width(kernel.asm["ptx"])
     blocks = " ".join(f"{k}={v}" for k, v in launch.constants if k.isupper() and not isinstance(v, bool))
     line = (
-        f"{launch.name:30} sm_{architecture} {launch.label:18} {blocks:22} warps {launch.num_warps:2}  "
-        f"registers {registers:3}  shared {kernel.metadata.shared:5}  spills {spills}"
+        f"{launch.name:29} sm_{architecture} {launch.label:27} {blocks:20} warps {launch.num_warps:2}  "
+        f"registers {registers:3}  shared {kernel.metadata.shared:5}  access {access:2}  spills {spills}"
     )
-    return line, spills
+    if spills:
+        return line, "spills registers: use smaller blocks or more warps"
+    if access < 16 and launch.name in WIDE and "unaligned" not in launch.label:
+        return line, "moves aligned rows in narrow accesses: look at its masks and pointers"
+    return line, ""
 
 
 def main() -> int:
     jobs = [(i, architecture) for i in range(len(launches())) for architecture in ARCHITECTURES]
-    spilled = 0
+    wrong = 0
     with ProcessPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
-        for line, spills in pool.map(compile_one, jobs, chunksize=8):
+        for line, complaint in pool.map(compile_one, jobs, chunksize=8):
             print(line, flush=True)
-            spilled += spills > 0
-    print(f"{len(jobs)} cubins from {len({launch.name for launch in launches()})} kernels, triton {triton.__version__}")
-    if spilled:
-        print(f"{spilled} of them spill registers: use smaller blocks or more warps", file=sys.stderr)
-    return 1 if spilled else 0
+            if complaint:
+                print(f"  ^ {complaint}", file=sys.stderr)
+                wrong += 1
+    names = {launch.name for launch in launches()}
+    print(f"{len(jobs)} cubins of {len(names)} kernels, {wrong} of them wrong, triton {triton.__version__}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

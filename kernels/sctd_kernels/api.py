@@ -204,7 +204,7 @@ def softmax_kl(teacher: Tensor, student: Tensor, *, backend: Backend = "auto") -
         student: `[N, D]`, dtype of teacher.
 
     Returns:
-        `[N]` float32 (float64 for float64). Differentiable in both; the gradient of an argument that needs none is not computed.
+        `[N]` float32 (float64 for float64). Differentiable in both; where one needs no gradient, none is computed.
 
     Raises:
         ValueError: a shape, dtype or device is wrong.
@@ -257,6 +257,8 @@ def token_cross_entropy(
     _expect_device("logits", logits, labels=labels)
     if not triton:
         return reference.token_cross_entropy(logits, labels, ignore_index)
+    if overwrite_logits and logits.requires_grad and logits.is_leaf:
+        raise ValueError("overwrite_logits=True would overwrite a leaf tensor, a parameter perhaps: pass computed logits")
     overwrite = overwrite_logits and not torch.compiler.is_compiling()
     return cross_entropy.token_cross_entropy(logits, labels, ignore_index, overwrite)
 
