@@ -187,9 +187,9 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), 
     pretrain = PretrainConfig(**_block(raw, "pretrain"))
     deepspeed = {key: value for key, value in raw.items() if key not in ("sctd", "pretrain")}
     _check_method(sctd, pretrain)
+    check_deepspeed(deepspeed)
     micro, accumulation = _resolve_batch(deepspeed, world_size)
     _resolve_schedule(deepspeed, pretrain)
-    check_deepspeed(deepspeed)
     notes = _resolve_precision(deepspeed, pretrain)
     return RunConfig(name, deepspeed, sctd, pretrain, micro, accumulation, world_size, notes)
 

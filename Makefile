@@ -1,0 +1,36 @@
+# demo: install and pretrain a tiny BERT on text that Python carries. test: everything CI runs. Both need Python 3.11+, gcc and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test check format kernels-compile clean
+
+$(VENV)/installed: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e .[dev]
+	touch $@
+
+demo: $(VENV)/installed
+	PATH=$(CURDIR)/$(BIN):$$PATH deepspeed --num_gpus 1 pretrain.py --deepspeed_config ds_configs/tiny.json
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The kernel tests run in a process of their own: Triton's interpreter must be chosen before Triton is imported.
+test: check kernels-compile
+	$(BIN)/python -m pytest -q tests/kernels
+	$(BIN)/python -m pytest -q --ignore=tests/kernels
+
+kernels-compile: $(VENV)/installed
+	$(BIN)/python kernels/compile_all.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs data

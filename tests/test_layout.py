@@ -1,0 +1,79 @@
+"""Rules of the house that a machine can check: import direction, the free name `kernels`, what a wheel holds."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+# What each module of sctd_ds may import of ours, at import time. Later ones build on earlier ones; there are no cycles.
+ORDER = [
+    "config", "schedule", "importance", "adapters", "encoder", "objective", "validation", "engine", "huggingface",
+    "checkpoint", "metrics", "probe", "report",
+]  # fmt: skip
+ALONE = ["data"]
+
+
+def imports(path) -> set[str]:
+    """Top-level imports of ours in a file: "config", "sctd_kernels", ..."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "sctd_ds":
+                found.add(parts[1] if len(parts) > 1 else "sctd_ds")
+            elif parts[0] in ("sctd_kernels", "benchmarks", "pretrain"):
+                found.add(parts[0])
+    return found
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_modules_import_only_what_stands_before_them(module):
+    allowed = set(ORDER[: ORDER.index(module)]) | {"sctd_kernels"}
+    assert imports(ROOT / "sctd_ds" / f"{module}.py") <= allowed
+
+
+def test_data_imports_nothing_else_of_ours_and_kernels_nothing_at_all():
+    for file in (ROOT / "sctd_ds" / "data").glob("*.py"):
+        assert imports(file) <= {"data"}, file
+    for file in (ROOT / "kernels" / "sctd_kernels").glob("*.py"):
+        assert imports(file) <= {"sctd_kernels"}, file
+        assert "transformers" not in file.read_text() and "deepspeed" not in file.read_text(), file
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, sctd_ds; print([m for m in ('deepspeed', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_name_kernels_stays_hugging_faces(tmp_path):
+    """From the repository's root, with a package named `kernels` installed, transformers' BERT and ours both import."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("MARK = 'theirs'\n")
+    code = (
+        "import kernels, sctd_kernels, sctd_ds; assert kernels.MARK == 'theirs';"
+        "from transformers import BertForMaskedLM; print(sctd_kernels.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(1, {str(tmp_path)!r}); {code}"], cwd=ROOT,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("kernels/sctd_kernels/__init__.py")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_wheel_holds_both_packages_and_no_top_level_kernels(tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+                   check=True, capture_output=True)  # fmt: skip
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    tops = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
+    assert tops == {"sctd_ds", "sctd_kernels"}
+    assert "sctd_kernels/__init__.py" in names and "sctd_ds/data/__init__.py" in names

@@ -1,0 +1,58 @@
+"""Which step aligns, which layer sees what, and what it costs."""
+
+import pytest
+
+from sctd_ds import ConfigError, ScTDConfig
+from sctd_ds.schedule import LayerPlan, Shape, aligned_rows, flops_saved, kept_tokens, sequence_flops, step_mode
+
+LARGE, BASE = Shape(24, 1024, 4096, 30522, 512, 77), Shape(12, 768, 3072, 30522, 512, 77)
+
+
+@pytest.mark.parametrize(
+    ("layers", "full", "cross", "kept", "last"),
+    [(4, [0], 1, [2], 3), (7, [0, 1], 2, [3, 4, 5], 6), (12, [0, 1, 2, 3, 4], 5, [6, 7, 8, 9, 10], 11)],
+)
+def test_layer_plan(layers, full, cross, kept, last):
+    plan = LayerPlan(layers)
+    assert (list(plan.full), plan.cross, list(plan.kept), plan.last) == (full, cross, kept, last)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_too_few_layers(layers):
+    with pytest.raises(ConfigError, match="at least 4"):
+        LayerPlan(layers)
+
+
+def test_kept_tokens_rounds_the_dropped_down():
+    assert [kept_tokens(s, 0.5) for s in (512, 17, 1)] == [256, 9, 1] and kept_tokens(10, 0.0) == 10
+
+
+def test_steps_are_counted_from_one():
+    modes = [step_mode(ScTDConfig(interval=3), t) for t in range(1, 8)]
+    assert modes == ["drop", "drop", "align", "drop", "drop", "align", "drop"]
+    assert step_mode(ScTDConfig(interval=1), 1) == "align"
+    assert step_mode(ScTDConfig(method="token_drop", interval=1), 1) == "drop"
+    assert step_mode(ScTDConfig(method="dense"), 10) == "dense"
+
+
+def test_spread_aligns_every_row_once_per_interval():
+    config = ScTDConfig(interval=4, align_schedule="spread")
+    for t in range(1, 9):
+        assert list(aligned_rows(config, t, 10)) == [r for r in range(10) if (r + t) % 4 == 0]
+    assert list(aligned_rows(config, None, 3)) == [0, 1, 2]
+
+
+def test_operations_of_bert_at_512():
+    """GFLOP per sequence, forward and backward, as counted by hand for the published models."""
+    config = ScTDConfig()
+    assert [round(sequence_flops(LARGE, config, m) / 1e9, 1) for m in ("dense", "drop", "align")] == [1019.9, 763.1, 1322.4]
+    assert [round(sequence_flops(BASE, config, m) / 1e9, 1) for m in ("dense", "drop", "align")] == [301.0, 227.3, 407.5]
+    two_passes = ScTDConfig(shared_prefix=False)
+    assert round(sequence_flops(LARGE, two_passes, "align") / 1e9, 1) == 1783.0
+
+
+def test_savings_of_bert_large():
+    assert [round(100 * flops_saved(LARGE, ScTDConfig(interval=i)), 1) for i in (5, 10, 20, 50)] == [14.2, 19.7, 22.4, 24.1]
+    spread = ScTDConfig(interval=10, align_schedule="spread")
+    assert flops_saved(LARGE, spread) == pytest.approx(flops_saved(LARGE, ScTDConfig(interval=10)))
+    assert flops_saved(LARGE, ScTDConfig(method="dense")) == 0
