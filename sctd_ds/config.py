@@ -179,15 +179,15 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), 
     for item in overrides:
         _apply_override(raw, item)
     check_top_level(raw, extra=("sctd", "pretrain"))
-    for path, value in _leaves(raw):
-        if value == "auto" and path not in _RESOLVED_AUTO:
-            raise ConfigError(f'{".".join(path)} is "auto", which nothing here resolves: write the value itself')
 
     sctd = ScTDConfig(**_block(raw, "sctd"))
     pretrain = PretrainConfig(**_block(raw, "pretrain"))
     deepspeed = {key: value for key, value in raw.items() if key not in ("sctd", "pretrain")}
     _check_method(sctd, pretrain)
     check_deepspeed(deepspeed)
+    for path, value in _leaves(raw):
+        if value == "auto" and path not in _RESOLVED_AUTO:
+            raise ConfigError(f'{".".join(path)} is "auto", which nothing here resolves: write the value itself')
     micro, accumulation = _resolve_batch(deepspeed, world_size)
     _resolve_schedule(deepspeed, pretrain)
     notes = _resolve_precision(deepspeed, pretrain)
