@@ -225,7 +225,7 @@ def as_float(value: Any) -> float | None:
 
 
 def loss_scale(engine: Any) -> float | None:
-    return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
+    return float(engine._get_optimizer_loss_scale()) if engine.fp16_enabled() else None
 
 
 def run_and_report(argv: list[str] | None = None) -> int:

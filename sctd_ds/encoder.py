@@ -52,11 +52,14 @@ class Encoder:
         self._layer: Callable[..., Tensor] = adapter.layer
         self.compiled = False
 
-    def compile(self) -> None:
-        """Compile one layer; every layer shares the code, one graph per shape: (S, S), (K, S) and (K, K)."""
+    def compile(self, **options: Any) -> None:
+        """Compile one layer; every layer shares the code, one graph per shape: (S, S), (K, S) and (K, K).
+
+        options: for torch.compile.
+        """
         # Masked and unmasked, and the rows of a "spread" step, add to the three shapes; the default limit is 8.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        self._layer = torch.compile(self.adapter.layer, dynamic=False)
+        self._layer = torch.compile(self.adapter.layer, dynamic=False, **options)
         self.compiled = True
 
     def prefix(self, batch: Batch) -> Tensor:

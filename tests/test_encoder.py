@@ -1,0 +1,125 @@
+"""What conversion does beyond the method's numbers: compiled layers, importance policies, copies and pickles."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import BertConfig, BertForMaskedLM
+
+import sctd_ds
+from sctd_ds.encoder import state_of
+
+KEEP = [1, 2, 3, 4]
+
+
+def model(layers=8, **method):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=64,
+                        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    return sctd_ds.convert(BertForMaskedLM(config), sctd_ds.ScTDConfig(**{"keep_token_ids": KEEP, "labels_per_row": 3, **method}))
+
+
+def batch(rows=4, length=32):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 60, (rows, length), generator=generator)
+    labels = torch.full_like(ids, -100)
+    labels[:, 3], labels[:, 7] = 7, 9
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_compiled_layers_share_three_graphs_and_agree_with_plain_ones():
+    plain = model()
+    compiled = copy.deepcopy(plain)
+    state_of(compiled).encoder.compile(backend="aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(2):
+        for mode in ("drop", "align", "dense"):
+            losses = []
+            for x in (plain, compiled):
+                sctd_ds.set_mode(x, mode)
+                x.zero_grad()
+                loss = x(**batch()).loss
+                loss.backward()
+                losses.append(loss)
+            torch.testing.assert_close(*losses)
+            for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+
+
+def test_random_policy_keeps_pinned_ids_and_different_positions_each_time():
+    x = model(importance="random")
+    data = batch()
+    data["input_ids"][:, 20] = 4
+    wrapped = state_of(x).adapter.batch((), data)
+    first, second = state_of(x).select(wrapped), state_of(x).select(wrapped)
+    assert not torch.equal(first.kept, second.kept)
+    for selection in (first, second):
+        assert (selection.kept == 0).any(1).all() and (selection.kept == 20).any(1).all() and selection.kept.shape == (4, 16)
+
+
+def test_frequency_policy_prefers_rare_labels():
+    x = model(importance="frequency")
+    sctd_ds.set_mode(x, "drop")
+    x(**batch())
+    more = batch()
+    more["labels"][:, 3] = -100
+    x(**more)  # label 9 is now twice as frequent as 7
+    table = sctd_ds.importance(x)
+    table.update()
+    assert table.scores[9] < table.scores[7] < table.scores[11] and (table.scores[KEEP] == 1e4).all()
+    other = model(importance="frequency")
+    sctd_ds.importance(other).load_state_dict(table.state_dict())
+    assert torch.equal(sctd_ds.importance(other).scores, table.scores)
+
+
+def test_more_labels_than_slots_make_the_loss_nan_and_not_wrong():
+    x = model(labels_per_row=1)
+    assert torch.isnan(x(**batch()).loss)
+
+
+def test_unknown_vocabulary_is_said_aloud(caplog):
+    model(keep_token_ids="auto")
+    assert "none is pinned" in caplog.text
+
+
+def test_pinned_ids_outside_the_vocabulary_are_refused():
+    with pytest.raises(ValueError, match=r"\[60\].*0 \.\. 59"):
+        model(keep_token_ids=[4, 60])
+
+
+def test_a_table_of_another_vocabulary_is_refused():
+    x = model()
+    with pytest.raises(ValueError, match="61 ids, the model 60"):
+        sctd_ds.importance(x).load_state_dict({"scores": torch.zeros(61)})
+
+
+def test_converting_again_keeps_the_table_and_reverting_forgets_it():
+    x = model()
+    sctd_ds.importance(x).scores[30] = 1.5
+    sctd_ds.convert(x, sctd_ds.ScTDConfig(keep_token_ids=KEEP, interval=2))
+    assert sctd_ds.importance(x).scores[30] == 1.5 and state_of(x).config.interval == 2
+    sctd_ds.revert(x)
+    assert "forward" not in vars(x)
+    with pytest.raises(ValueError, match="not converted"):
+        sctd_ds.importance(x)
+    assert x.train()(**batch()).logits.shape == (4, 32, 60)
+
+
+def test_a_pickled_model_does_not_come_back_as_something_else():
+    stream = io.BytesIO()
+    with pytest.raises(AttributeError):
+        torch.save(model(), stream)
+        stream.seek(0)
+        torch.load(stream, weights_only=False)
+
+
+def test_modes_are_checked():
+    with pytest.raises(ValueError, match="expected one of dense, drop, align"):
+        sctd_ds.set_mode(model(), "dropped")
+    with pytest.raises(ValueError, match='converted with method="dense"'):
+        sctd_ds.set_mode(model(method="dense"), "drop")
