@@ -1,15 +1,61 @@
-"""What the kernel tests share: where they run, random routings, layouts of a tensor, and how good is good enough."""
+"""What the kernel tests share: where they run, random routings, layouts of a tensor, and how good is good enough.
 
+They run on the GPU if there is one, else in triton's interpreter on the CPU: the same tests. The interpreter must be chosen
+before triton is imported, which transformers and DeepSpeed do too, so a test file imports this one before `sctd_kernels`, and
+pytest collects this folder before the test files beside it. (A conftest.py here would hide the one above from the tests that
+import from it.)
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if DEVICE == "cpu":
+    if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
+        raise pytest.UsageError(
+            "triton was imported before the kernel tests could choose its interpreter: run `pytest tests/kernels` on its own"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 random_shapes = settings(
     deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@pytest.fixture(autouse=True)
+def clean_slate(monkeypatch):
+    """Seeded generators, and new memory that holds NaN, or the largest integer, so that what a kernel leaves unwritten shows.
+
+    A test file gets it by importing it.
+    """
+    torch.manual_seed(0)
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_poisoned(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            if type(out) is Tensor and out.dtype != torch.bool:
+                out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
+            return out
+
+        return allocate_poisoned
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+
+
+def gpu(test: Callable) -> Callable:
+    """Mark a test that only a CUDA device can run."""
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")(test))
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:

@@ -6,11 +6,24 @@ import subprocess
 import sys
 
 import pytest
-import sctd_kernels
-import sctd_kernels.api
 import torch
-from kernel_support import DEVICE, random, random_routing
-from sctd_kernels import cross_entropy, divergence, importance, routing, selection
+from kernel_support import DEVICE, clean_slate, gpu, random, random_routing  # noqa: F401
+from sctd_kernels import (
+    __all__,
+    api,
+    cross_entropy,
+    divergence,
+    gather_tokens,
+    importance,
+    merge_tokens,
+    record_losses,
+    routing,
+    select_tokens,
+    selection,
+    softmax_kl,
+    token_cross_entropy,
+    update_scores,
+)
 from torch.utils.checkpoint import checkpoint
 
 # The interpreter computes lanes beyond the end of a row and then drops them.
@@ -108,13 +121,13 @@ def test_bad_arguments_are_named(function, argument, change, message, backend):
     arguments = valid_arguments()[function]
     arguments[argument] = change(arguments[argument])
     with pytest.raises(ValueError, match=message) as caught:
-        getattr(sctd_kernels, function)(**arguments, backend=backend)
+        getattr(api, function)(**arguments, backend=backend)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("function", [name for name in sctd_kernels.__all__ if name != "reference"])
+@pytest.mark.parametrize("function", [name for name in __all__ if name != "reference"])
 def test_backends(function):
-    call = getattr(sctd_kernels, function)
+    call = getattr(api, function)
     call(**valid_arguments()[function])
     with pytest.raises(ValueError, match="backend must be 'auto', 'triton' or 'torch', got 'cuda'"):
         call(**valid_arguments()[function], backend="cuda")
@@ -124,20 +137,20 @@ def test_float64_is_for_the_torch_backend():
     kept, slot = random_routing(B, S, K)
     x = random(B, S, D, dtype=torch.float64)
     with pytest.raises(ValueError, match="use backend='torch'"):
-        sctd_kernels.gather_tokens(x, kept, slot, backend="triton")
-    assert sctd_kernels.gather_tokens(x, kept, slot, backend="torch").dtype == torch.float64
+        gather_tokens(x, kept, slot, backend="triton")
+    assert gather_tokens(x, kept, slot, backend="torch").dtype == torch.float64
 
 
 def test_too_long_a_row_for_the_kernel():
     ids = torch.zeros(1, selection.MAX_TOKENS + 1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="takes up to 8192: use backend='torch'"):
-        sctd_kernels.select_tokens(random(V), ids, 2, backend="triton")
-    assert sctd_kernels.select_tokens(random(V), ids, 2, backend="torch")[0].tolist() == [[0, 1]]
+        select_tokens(random(V), ids, 2, backend="triton")
+    assert select_tokens(random(V), ids, 2, backend="torch")[0].tolist() == [[0, 1]]
 
 
 def test_examples_of_the_documentation():
-    assert doctest.testmod(sctd_kernels.api).attempted > 10
-    assert doctest.testmod(sctd_kernels.api).failed == 0
+    assert doctest.testmod(api).attempted > 10
+    assert doctest.testmod(api).failed == 0
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -233,13 +246,13 @@ def test_registration(name):
 
 def all_of_them(x, teacher, logits, scores, stats, ids, labels):
     """A step in miniature through every function."""
-    kept, slot = sctd_kernels.select_tokens(scores, ids, K, backend="triton")
-    y = torch.tanh(sctd_kernels.gather_tokens(x, kept, slot, backend="triton"))
-    z = sctd_kernels.merge_tokens(x * 2, y, kept, slot, backend="triton")
-    kl = sctd_kernels.softmax_kl(teacher, z[:, 0], backend="triton")
-    losses = sctd_kernels.token_cross_entropy(logits * 1, labels, overwrite_logits=True, backend="triton")
-    sctd_kernels.record_losses(stats, labels, losses, backend="triton")
-    sctd_kernels.update_scores(scores, stats, 0.9, backend="triton")
+    kept, slot = select_tokens(scores, ids, K, backend="triton")
+    y = torch.tanh(gather_tokens(x, kept, slot, backend="triton"))
+    z = merge_tokens(x * 2, y, kept, slot, backend="triton")
+    kl = softmax_kl(teacher, z[:, 0], backend="triton")
+    losses = token_cross_entropy(logits * 1, labels, overwrite_logits=True, backend="triton")
+    record_losses(stats, labels, losses, backend="triton")
+    update_scores(scores, stats, 0.9, backend="triton")
     return (z.square().sum() + kl.sum() + losses.sum()).view(1)
 
 
@@ -277,13 +290,13 @@ def test_compiles_without_a_graph_break(dynamic):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_under_activation_checkpointing(use_reentrant):
     def function(x, teacher, logits, scores, stats, ids, labels):
-        kept, slot = sctd_kernels.select_tokens(scores, ids, K, backend="triton")
+        kept, slot = select_tokens(scores, ids, K, backend="triton")
 
         def block(x, teacher, logits):
-            y = torch.tanh(sctd_kernels.gather_tokens(x, kept, slot, backend="triton"))
-            z = sctd_kernels.merge_tokens(x * 2, y, kept, slot, backend="triton")
-            kl = sctd_kernels.softmax_kl(teacher, z[:, 0], backend="triton")
-            losses = sctd_kernels.token_cross_entropy(logits * 1, labels, overwrite_logits=True, backend="triton")
+            y = torch.tanh(gather_tokens(x, kept, slot, backend="triton"))
+            z = merge_tokens(x * 2, y, kept, slot, backend="triton")
+            kl = softmax_kl(teacher, z[:, 0], backend="triton")
+            losses = token_cross_entropy(logits * 1, labels, overwrite_logits=True, backend="triton")
             return z.square().sum() + kl.sum() + losses.sum()
 
         return checkpoint(block, x, teacher, logits, use_reentrant=use_reentrant).view(1)
@@ -291,7 +304,7 @@ def test_under_activation_checkpointing(use_reentrant):
     assert_same(step(function)[:4], step(all_of_them)[:4])
 
 
-@pytest.mark.gpu
+@gpu
 def test_the_host_never_waits():
     step(all_of_them)  # compiles the kernels
     inputs = (random(B, S, D, grad=True), random(B, D, grad=True), random(B, V, grad=True), random(V))
@@ -304,18 +317,18 @@ def test_the_host_never_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
+@gpu
 def test_twins_never_make_the_host_wait():
     calls = valid_arguments()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for function, arguments in calls.items():
-            getattr(sctd_kernels, function)(**arguments, backend="torch")
+            getattr(api, function)(**arguments, backend="torch")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
+@gpu
 def test_in_a_cuda_graph():
     """Captured once, replayed on new values."""
     torch.manual_seed(1)

@@ -1,12 +1,11 @@
 """token_cross_entropy: losses and gradients against the twin in float64, and what overwriting the logits may and may not do."""
 
 import pytest
-import sctd_kernels
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_support import DEVICE, FLOATS, LAYOUTS, assert_as_good_as_torch, random, random_shapes
-from sctd_kernels import cross_entropy, reference
+from kernel_support import DEVICE, FLOATS, LAYOUTS, assert_as_good_as_torch, clean_slate, random, random_shapes  # noqa: F401
+from sctd_kernels import cross_entropy, reference, token_cross_entropy
 
 BLOCK = cross_entropy.BLOCK_V
 SHAPES = [(1, 1), (6, 5), (3, 1000), (2, BLOCK), (2, BLOCK + 1), (2, 2 * BLOCK - 6)]
@@ -24,7 +23,7 @@ def check(logits, labels, overwrite=False):
     for backend, widen in (("triton", False), ("torch", False), ("torch", True)):
         x = (logits.detach().double() if widen else logits.detach()).requires_grad_()
         # A product by one, so that what is overwritten is not the leaf that the next backend reads.
-        loss = sctd_kernels.token_cross_entropy(x * 1, labels, overwrite_logits=overwrite, backend=backend)
+        loss = token_cross_entropy(x * 1, labels, overwrite_logits=overwrite, backend=backend)
         results.append((loss, *torch.autograd.grad(loss, x, grad.to(loss.dtype))))
     scale = max(1.0, logits.abs().max().item())
     for name, kernel, twin, truth in zip(("loss", "d logits"), *results, strict=True):
@@ -35,7 +34,7 @@ def check(logits, labels, overwrite=False):
 def test_example():
     logits = torch.tensor([[0.0, 0.0], [0.0, 9.0]], device=DEVICE)
     labels = torch.tensor([1, -100], device=DEVICE)
-    losses = sctd_kernels.token_cross_entropy(logits, labels, backend="triton")
+    losses = token_cross_entropy(logits, labels, backend="triton")
     torch.testing.assert_close(losses.cpu(), torch.tensor([0.6931472, 0.0]))
 
 
@@ -62,20 +61,20 @@ def test_excluded_classes():
     logits = random(2, BLOCK + 100)
     logits[:, :BLOCK] = -float("inf")
     labels = torch.full((2,), BLOCK + 7, device=DEVICE)
-    kernel = sctd_kernels.token_cross_entropy(logits, labels, backend="triton")
+    kernel = token_cross_entropy(logits, labels, backend="triton")
     torch.testing.assert_close(kernel, reference.token_cross_entropy(logits, labels))
 
 
 def test_other_ignore_index():
     logits, labels = random(3, 8), torch.tensor([0, 1, 0], device=DEVICE)
-    kernel = sctd_kernels.token_cross_entropy(logits, labels, ignore_index=0, backend="triton")
+    kernel = token_cross_entropy(logits, labels, ignore_index=0, backend="triton")
     torch.testing.assert_close(kernel, reference.token_cross_entropy(logits, labels, ignore_index=0))
     assert kernel[[0, 2]].tolist() == [0, 0]
 
 
 def test_a_label_outside_the_vocabulary_is_nan():
     labels = torch.tensor([8, -1, 10**9, 3], device=DEVICE)
-    losses = sctd_kernels.token_cross_entropy(random(4, 8), labels, backend="triton")
+    losses = token_cross_entropy(random(4, 8), labels, backend="triton")
     assert losses.isnan().tolist() == [True, True, True, False]
 
 
@@ -84,7 +83,7 @@ class TestOverwriting:
 
     def loss(self, logits, overwrite=True):
         labels = torch.arange(logits.shape[0], device=DEVICE)
-        return sctd_kernels.token_cross_entropy(logits, labels, overwrite_logits=overwrite, backend="triton").sum()
+        return token_cross_entropy(logits, labels, overwrite_logits=overwrite, backend="triton").sum()
 
     def test_the_gradient_lies_over_the_logits(self):
         logits = random(4, 9, grad=True) * 1

@@ -1,13 +1,12 @@
 """softmax_kl: the kernel against the twin in float64, and the twin against finite differences and torch's own KL."""
 
 import pytest
-import sctd_kernels
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_support import DEVICE, FLOATS, LAYOUTS, assert_as_good_as_torch, random, random_shapes
-from sctd_kernels import divergence, reference
+from kernel_support import DEVICE, FLOATS, LAYOUTS, assert_as_good_as_torch, clean_slate, random, random_shapes  # noqa: F401
+from sctd_kernels import divergence, reference, softmax_kl
 
 # The interpreter computes lanes beyond the end of a row and then drops them.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")
@@ -20,7 +19,7 @@ def check(teacher, student):
     results = []
     for backend, widen in (("triton", False), ("torch", False), ("torch", True)):
         t, s = ((x.detach().double() if widen else x.detach()).requires_grad_() for x in (teacher, student))
-        kl = sctd_kernels.softmax_kl(t, s, backend=backend)
+        kl = softmax_kl(t, s, backend=backend)
         results.append((kl, *torch.autograd.grad(kl, (t, s), grad.to(kl.dtype))))
     # Log-probabilities are known to a rounding of the inputs' spread; a gradient is a difference of probabilities times them.
     inputs = [x.detach().double() for x in (teacher, student)]
@@ -33,7 +32,7 @@ def check(teacher, student):
 def test_example():
     teacher = torch.tensor([[0.0, 0.0], [1.0, 2.0]], device=DEVICE)
     student = torch.tensor([[0.0, 1.0], [1.0, 2.0]], device=DEVICE)
-    kl = sctd_kernels.softmax_kl(teacher, student, backend="triton")
+    kl = softmax_kl(teacher, student, backend="triton")
     torch.testing.assert_close(kl.cpu(), torch.tensor([0.12011451, 0.0]), atol=1e-7, rtol=1e-6)
 
 
@@ -59,8 +58,8 @@ def test_any_shape(N, D, dtype, size):
 @pytest.mark.parametrize("D", [100, 9001], ids=["one block", "three blocks"])
 def test_an_offset_of_a_row_costs_no_precision(D):
     x, y = random(3, D).round(decimals=1), random(3, D).round(decimals=1)
-    shifted = sctd_kernels.softmax_kl(x + 4096, y - 4096, backend="triton")
-    torch.testing.assert_close(shifted, sctd_kernels.softmax_kl(x + 4096, y - 4096, backend="torch"), atol=1e-5, rtol=1e-5)
+    shifted = softmax_kl(x + 4096, y - 4096, backend="triton")
+    torch.testing.assert_close(shifted, softmax_kl(x + 4096, y - 4096, backend="torch"), atol=1e-5, rtol=1e-5)
 
 
 def test_maxima_in_any_block():
@@ -72,7 +71,7 @@ def test_maxima_in_any_block():
 
 def test_equal_rows_diverge_by_nothing():
     x = random(4, 500)
-    kl = sctd_kernels.softmax_kl(x, x.clone(), backend="triton")
+    kl = softmax_kl(x, x.clone(), backend="triton")
     assert kl.abs().max() < 1e-6
 
 
@@ -81,9 +80,9 @@ def test_gradients_that_are_not_needed_are_not_computed():
     _, stats = divergence.softmax_kl_forward_op(teacher, student)
     dteacher, dstudent = divergence.softmax_kl_backward_op(grad, teacher, student, stats, False, True)
     assert dteacher.numel() == 0 and dstudent.shape == student.shape
-    detached = sctd_kernels.softmax_kl(teacher, student.requires_grad_(), backend="triton")
+    detached = softmax_kl(teacher, student.requires_grad_(), backend="triton")
     assert torch.equal(torch.autograd.grad(detached, student, grad)[0], dstudent)
-    only_teacher = sctd_kernels.softmax_kl(teacher.requires_grad_(), student.detach(), backend="triton")
+    only_teacher = softmax_kl(teacher.requires_grad_(), student.detach(), backend="triton")
     (dteacher,) = torch.autograd.grad(only_teacher, teacher, grad)
     torch.testing.assert_close(dteacher, torch.autograd.grad(reference.softmax_kl(teacher, student), teacher, grad)[0])
 
@@ -91,8 +90,8 @@ def test_gradients_that_are_not_needed_are_not_computed():
 def test_expanded_gradient():
     student = random(3, 50, grad=True)
     teacher = random(3, 50)
-    (kernel,) = torch.autograd.grad(sctd_kernels.softmax_kl(teacher, student, backend="triton").sum(), student)
-    (twin,) = torch.autograd.grad(sctd_kernels.softmax_kl(teacher, student, backend="torch").sum(), student)
+    (kernel,) = torch.autograd.grad(softmax_kl(teacher, student, backend="triton").sum(), student)
+    (twin,) = torch.autograd.grad(softmax_kl(teacher, student, backend="torch").sum(), student)
     torch.testing.assert_close(kernel, twin)
 
 

@@ -3,9 +3,9 @@
 from fractions import Fraction
 
 import pytest
-import sctd_kernels
 import torch
-from kernel_support import DEVICE, FLOATS
+from kernel_support import DEVICE, FLOATS, clean_slate  # noqa: F401
+from sctd_kernels import record_losses, update_scores
 
 V = 13
 BACKENDS = ["triton", "torch"]
@@ -23,7 +23,7 @@ def losses_and_labels(N, dtype=torch.float32):
 def recorded(backend, *parts):
     stats = torch.zeros(2, V, dtype=torch.float64, device=DEVICE)
     for labels, losses in parts:
-        sctd_kernels.record_losses(stats, labels, losses, backend=backend)
+        record_losses(stats, labels, losses, backend=backend)
     return stats
 
 
@@ -41,10 +41,10 @@ def exact(labels, losses):
 def test_example(backend):
     stats = torch.zeros(2, 3, dtype=torch.float64, device=DEVICE)
     labels = torch.tensor([2, 0, 2, -100], device=DEVICE)
-    sctd_kernels.record_losses(stats, labels, torch.tensor([1.0, 5.0, 3.0, 9.0], device=DEVICE), backend=backend)
+    record_losses(stats, labels, torch.tensor([1.0, 5.0, 3.0, 9.0], device=DEVICE), backend=backend)
     assert stats.tolist() == [[5, 0, 4], [1, 0, 2]]
     scores = torch.full((3,), 10.0, device=DEVICE)
-    sctd_kernels.update_scores(scores, stats, 0.5, backend=backend)
+    update_scores(scores, stats, 0.5, backend=backend)
     assert scores.tolist() == [7.5, 10.0, 6.0]
 
 
@@ -101,7 +101,7 @@ def test_update(backend, decay):
     stats = torch.zeros(2, 700, dtype=torch.float64, device=DEVICE)
     stats[0, ::2], stats[1, ::2] = torch.arange(350.0, device=DEVICE).double() / 8, 7.0
     before, stats_before = scores.clone(), stats.clone()
-    sctd_kernels.update_scores(scores, stats, decay, backend=backend)
+    update_scores(scores, stats, decay, backend=backend)
     exact = [
         float(Fraction(decay) * Fraction(s) + (1 - Fraction(decay)) * Fraction(t) / 7)
         for s, t in zip(before[::2].tolist(), stats[0, ::2].tolist(), strict=True)

@@ -1,21 +1,20 @@
 """gather_tokens and merge_tokens: copies, so outputs and gradients equal the twins' bit for bit."""
 
 import pytest
-import sctd_kernels
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_support import DEVICE, FLOATS, LAYOUTS, random, random_routing, random_shapes
-from sctd_kernels import reference
+from kernel_support import DEVICE, FLOATS, LAYOUTS, clean_slate, gpu, random, random_routing, random_shapes  # noqa: F401
+from sctd_kernels import gather_tokens, merge_tokens, reference
 
 SHAPES = [(1, 1, 1, 1), (3, 11, 4, 100), (2, 37, 37, 16), (1, 5, 1, 1000), (2, 9, 5, 1024), (1, 6, 3, 1280), (0, 4, 2, 8)]
 
 
 def results(backend, x, y, routing, dy, dz):
     """Outputs and every gradient, of each function alone and of both together."""
-    gathered = sctd_kernels.gather_tokens(x, *routing, backend=backend)
-    merged = sctd_kernels.merge_tokens(x, y, *routing, backend=backend)
-    both = sctd_kernels.merge_tokens(x, gathered + y, *routing, backend=backend)
+    gathered = gather_tokens(x, *routing, backend=backend)
+    merged = merge_tokens(x, y, *routing, backend=backend)
+    both = merge_tokens(x, gathered + y, *routing, backend=backend)
     yield "gather", gathered
     yield "merge", merged
     yield "gather, dx", torch.autograd.grad(gathered, x, dy, retain_graph=True)[0]
@@ -41,8 +40,8 @@ def test_example():
     y = torch.tensor([[[10.0], [30.0]]], device=DEVICE)
     kept = torch.tensor([[0, 2]], dtype=torch.int32, device=DEVICE)
     slot = torch.tensor([[0, -1, 1, -1]], dtype=torch.int32, device=DEVICE)
-    assert sctd_kernels.gather_tokens(x, kept, slot, backend="triton").flatten().tolist() == [1, 3]
-    assert sctd_kernels.merge_tokens(x, y, kept, slot, backend="triton").flatten().tolist() == [10, 2, 30, 4]
+    assert gather_tokens(x, kept, slot, backend="triton").flatten().tolist() == [1, 3]
+    assert merge_tokens(x, y, kept, slot, backend="triton").flatten().tolist() == [10, 2, 30, 4]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -67,8 +66,8 @@ def test_expanded_gradients():
     """The gradient of a sum is one number expanded, with strides of zero."""
     routing = random_routing(2, 9, 4)
     x, y = random(2, 9, 128, grad=True), random(2, 4, 128, grad=True)
-    sctd_kernels.gather_tokens(x, *routing, backend="triton").sum().backward()
-    sctd_kernels.merge_tokens(x, y, *routing, backend="triton").sum().backward()
+    gather_tokens(x, *routing, backend="triton").sum().backward()
+    merge_tokens(x, y, *routing, backend="triton").sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x)) and torch.equal(y.grad, torch.ones_like(y))
 
 
@@ -76,7 +75,7 @@ def test_values_pass_untouched():
     """NaN, infinities and signed zeros are data like any other."""
     routing = random_routing(1, 4, 2)
     x = torch.tensor([float("nan"), float("inf"), -0.0, 1e-40], device=DEVICE)[None, :, None].expand(1, 4, 128).contiguous()
-    same = sctd_kernels.merge_tokens(x, sctd_kernels.gather_tokens(x, *routing, backend="triton"), *routing, backend="triton")
+    same = merge_tokens(x, gather_tokens(x, *routing, backend="triton"), *routing, backend="triton")
     assert torch.equal(same.view(torch.int32), x.view(torch.int32))
 
 
@@ -84,7 +83,7 @@ def test_kernel_gradients_are_differentiable():
     """Each operator is the adjoint of another one, so derivatives of any order are there: <u, G v> is linear in both."""
     routing = random_routing(2, 5, 3)
     x, dy = random(2, 5, 128, grad=True), random(2, 3, 128, grad=True)
-    (dx,) = torch.autograd.grad(sctd_kernels.gather_tokens(x, *routing, backend="triton"), x, dy, create_graph=True)
+    (dx,) = torch.autograd.grad(gather_tokens(x, *routing, backend="triton"), x, dy, create_graph=True)
     u = random(2, 5, 128)
     (again,) = torch.autograd.grad(dx, dy, u)
     assert torch.equal(again, reference.gather_tokens(u, *routing))
@@ -107,7 +106,7 @@ def test_twins_are_right(shape):
     assert torch.autograd.gradcheck(lambda x, y: reference.merge_tokens(x, y, kept, slot), (x, y))
 
 
-@pytest.mark.gpu
+@gpu
 def test_offsets_beyond_32_bits():
     """A tensor of more than 2**31 elements: the last rows must arrive."""
     x = torch.zeros(3, 2**20, 1024, dtype=torch.float16, device=DEVICE)
@@ -115,6 +114,6 @@ def test_offsets_beyond_32_bits():
     kept = torch.tensor([[0], [0], [2**20 - 1]], dtype=torch.int32, device=DEVICE)
     slot = torch.full((3, 2**20), -1, dtype=torch.int32, device=DEVICE)
     slot[0, 0] = slot[1, 0] = slot[2, -1] = 0
-    gathered = sctd_kernels.gather_tokens(x, kept, slot)
+    gathered = gather_tokens(x, kept, slot)
     assert gathered[2].eq(7).all() and gathered[:2].eq(0).all()
-    assert sctd_kernels.merge_tokens(x, gathered * 2, kept, slot)[2, -1].eq(14).all()
+    assert merge_tokens(x, gathered * 2, kept, slot)[2, -1].eq(14).all()

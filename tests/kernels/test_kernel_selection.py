@@ -3,12 +3,11 @@
 import math
 
 import pytest
-import sctd_kernels
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_support import DEVICE, random_shapes
-from sctd_kernels import reference
+from kernel_support import DEVICE, clean_slate, random_shapes  # noqa: F401
+from sctd_kernels import reference, select_tokens
 
 SHAPES = [(1, 1, 1), (2, 7, 7), (3, 37, 1), (2, 130, 77), (2, 512, 256), (1, 1000, 999), (1, 2048, 5), (1, 4096, 2048)]
 ODD_SCORES = [0.0, -0.0, 1.0, 1.0, 10.0, 10.0, 9.999999, 1e4, -1.0, -2.5, 1e-40, math.nan, math.inf, -math.inf]
@@ -23,7 +22,7 @@ def best_by_sorting(scores, ids, keep, mask):
 
 
 def check(scores, ids, keep, mask=None):
-    kept, slot = sctd_kernels.select_tokens(scores, ids, keep, mask, backend="triton")
+    kept, slot = select_tokens(scores, ids, keep, mask, backend="triton")
     twin_kept, twin_slot = reference.select_tokens(scores, ids, keep, mask)
     assert torch.equal(kept, twin_kept) and torch.equal(slot, twin_slot)
     assert kept.dtype == slot.dtype == torch.int32
@@ -38,7 +37,7 @@ def test_example():
     scores = torch.tensor([0.0, 1.0, 2.0, 3.0], device=DEVICE)
     ids = torch.tensor([[0, 3, 1, 3, 2], [1, 1, 1, 1, 1]], device=DEVICE)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], device=DEVICE)
-    kept, slot = sctd_kernels.select_tokens(scores, ids, 3, mask, backend="triton")
+    kept, slot = select_tokens(scores, ids, 3, mask, backend="triton")
     assert kept.tolist() == [[0, 1, 3], [0, 1, 2]]
     assert slot.tolist() == [[0, 1, -1, 2, -1], [0, 1, 2, -1, -1]]
 
@@ -82,5 +81,5 @@ def test_any_strides():
 def test_an_id_outside_the_vocabulary_reads_no_foreign_memory():
     """It breaks the contract, but the kernel must neither fault nor return fewer than K tokens."""
     ids = torch.tensor([[1, 10**9, 2, -(10**9), 3]], device=DEVICE)
-    kept, _ = sctd_kernels.select_tokens(torch.rand(5, device=DEVICE), ids, 4, backend="triton")
+    kept, _ = select_tokens(torch.rand(5, device=DEVICE), ids, 4, backend="triton")
     assert kept.tolist() == [[0, 1, 2, 4]]
