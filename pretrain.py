@@ -68,7 +68,9 @@ def build_model(run: config.RunConfig, packed: data.PackedData) -> transformers.
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    settings = {"labels_per_row": data.Masker(tokenizer, 0, run.pretrain.mlm_probability).labels_per_row(run.pretrain.seq_length)}
+    settings = {
+        "labels_per_row": data.Masker(tokenizer, 0, run.pretrain.mlm_probability).labels_per_row(run.pretrain.seq_length)
+    }
     if run.sctd.keep_token_ids == "auto":
         settings["keep_token_ids"] = [getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask")]
     sctd_ds.convert(model, run.sctd.model_copy(update=settings))
@@ -81,9 +83,12 @@ def build_model(run: config.RunConfig, packed: data.PackedData) -> transformers.
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     deepspeed_logger.setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     deepspeed.init_distributed(verbose=False)
     rank, world = dist.get_rank(), dist.get_world_size()
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
+    )
     run = config.load(arguments.deepspeed_config, arguments.overrides, world)
     for note in run.notes:
         logger.info("%s", note)
@@ -183,7 +188,9 @@ def prepare_data(spec: str | list[str], run: config.RunConfig) -> data.PackedDat
     path: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            build = dict(tokenizer=options.tokenizer, vocab_size=options.vocab_size, seq_length=options.seq_length, seed=options.seed)
+            build = dict(
+                tokenizer=options.tokenizer, vocab_size=options.vocab_size, seq_length=options.seq_length, seed=options.seed
+            )
             path = [data.prepare(spec, Path("data") / "cache", **build)]
         except data.DataError as error:
             problem = [str(error)]
@@ -202,7 +209,10 @@ def forecast(run: config.RunConfig, shape: Shape, measured: probe.Probe, folder:
     """What a dry run tells."""
     result = report.build(run, shape, measured, folder)
     hours = mean_cost(run.sctd, measured.step_ms) * run.pretrain.steps / 3.6e6
-    lines = [*report.saving_text(result), f"  whole run        {run.pretrain.steps:,} steps, about {hours:,.1f} hours on this device"]
+    lines = [
+        *report.saving_text(result),
+        f"  whole run        {run.pretrain.steps:,} steps, about {hours:,.1f} hours on this device",
+    ]
     for kind, size in measured.peak_bytes.items():
         lines.append(f"  peak memory      {kind}: {size / 2**30:.1f} GiB")
     return "\n".join(lines)

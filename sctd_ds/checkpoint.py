@@ -137,9 +137,7 @@ def _find(folder: Path, resume: str) -> Path | None:
     candidates = sorted((p for p in folder.glob("step_*") if _NAME.match(p.name)), reverse=True)
     if resume == "never":
         if candidates:
-            raise CheckpointError(
-                f"{folder} holds checkpoints, and --resume is never: choose another --output or delete it"
-            )
+            raise CheckpointError(f"{folder} holds checkpoints, and --resume is never: choose another --output or delete it")
         return None
     for candidate in candidates:
         problem = verify(candidate)
@@ -147,9 +145,7 @@ def _find(folder: Path, resume: str) -> Path | None:
             return candidate
         logger.warning("passing over %s: %s", candidate.name, problem)
     if candidates:
-        raise CheckpointError(
-            f"every checkpoint in {folder} is damaged: restore one, or start anew in another --output"
-        )
+        raise CheckpointError(f"every checkpoint in {folder} is damaged: restore one, or start anew in another --output")
     if resume == "must":
         raise CheckpointError(f"{folder} holds no checkpoint, and --resume is must")
     return None

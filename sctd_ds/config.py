@@ -257,9 +257,7 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             "use stage 2"
         )
     if config.get("pipeline") and stage >= 2:
-        raise ConfigError(
-            f"a pipeline cannot run with zero_optimization.stage={stage} (DeepSpeed allows 0 and 1): use 1"
-        )
+        raise ConfigError(f"a pipeline cannot run with zero_optimization.stage={stage} (DeepSpeed allows 0 and 1): use 1")
 
 
 def sctd_block(config: Any) -> dict[str, Any] | None:
@@ -325,6 +323,7 @@ def _resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int]:
     if total is None and micro is None:
         raise ConfigError("set train_batch_size (rows per step over all ranks) or train_micro_batch_size_per_gpu")
     if micro is None:
+        assert total is not None
         micro = total // (world_size * (steps or 1)) or 1
     if steps is None:
         steps = 1 if total is None else total // (micro * world_size)
@@ -396,11 +395,9 @@ def _check_scheduler(config: Mapping[str, Any]) -> None:
         return
     block = _block(config, "scheduler")
     _only(block, ("type", "params"), "scheduler")
-    name = block.get("type")
+    name = str(block.get("type"))
     if name not in lr_schedules.VALID_LR_SCHEDULES:
-        raise ConfigError(
-            f'scheduler.type="{name}" is unknown{_did_you_mean(str(name), lr_schedules.VALID_LR_SCHEDULES)}'
-        )
+        raise ConfigError(f'scheduler.type="{name}" is unknown{_did_you_mean(name, lr_schedules.VALID_LR_SCHEDULES)}')
     known = inspect.signature(getattr(lr_schedules, name)).parameters
     _only(block.get("params", {}), set(known) - {"optimizer"}, "scheduler.params")
 

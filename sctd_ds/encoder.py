@@ -87,7 +87,7 @@ class Encoder:
         return Pass(self._run(self.plan.last, merged, merged, mask), y)
 
     def _run(self, index: int, queries: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        layer = self.adapter.layers[index]
+        layer: Any = self.adapter.layers[index]
         attend = None if mask is None else mask.bool()[:, None, None, :]
         if not layer.training:
             return self.adapter.layer(layer, queries, context, attend)

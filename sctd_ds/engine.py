@@ -186,9 +186,7 @@ def initialize(args: Any = None, model: torch.nn.Module | None = None, *rest: An
     values = deepspeed.initialize(args, model, *rest, config=config, config_params=config_params, **kwargs)
     engine = values[0]
     if type(engine) not in ENGINES:
-        raise ValueError(
-            f"{type(engine).__name__} is not supported; supported: {', '.join(e.__name__ for e in ENGINES)}"
-        )
+        raise ValueError(f"{type(engine).__name__} is not supported; supported: {', '.join(e.__name__ for e in ENGINES)}")
     # deepspeed.initialize chooses the class itself; the subclass adds no construction of its own.
     engine.__class__ = ENGINES[type(engine)]
     engine._attach()

@@ -18,7 +18,7 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
     whole or not at all, and replaces one of the same name.
     """
     folder = Path(folder)
-    model: nn.Module = getattr(engine_or_model, "module", engine_or_model)
+    model: Any = getattr(engine_or_model, "module", engine_or_model)
     weights = full_precision_state(engine_or_model)
     if not dist.is_initialized() or dist.get_rank() == 0:
         # A fresh module of the plain class: no instance state of ours, and a config whose dtype is that of the weights.

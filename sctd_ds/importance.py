@@ -33,9 +33,7 @@ class Importance:
     def __init__(self, vocabulary: int, config: ScTDConfig, keep_token_ids: Sequence[int]) -> None:
         wrong = [i for i in keep_token_ids if not 0 <= i < vocabulary]
         if wrong:
-            raise ConfigError(
-                f"sctd.keep_token_ids has {wrong}, but the model's vocabulary has ids 0 .. {vocabulary - 1}"
-            )
+            raise ConfigError(f"sctd.keep_token_ids has {wrong}, but the model's vocabulary has ids 0 .. {vocabulary - 1}")
         self.decay = config.decay
         self.scores = torch.full((vocabulary,), START, dtype=torch.float32)
         self.keep_token_ids = torch.tensor(list(keep_token_ids), dtype=torch.long)

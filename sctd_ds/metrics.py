@@ -30,6 +30,7 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         _forget_after(self.path, start)
         self._file = self.path.open("a", encoding="utf-8")
+        self._recent: list[dict[str, Any]] = []
         # A terminal gets a bar; a log file gets lines, because a bar would fill it with control characters.
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
@@ -41,15 +42,16 @@ class Metrics:
         step = record["step"]
         if self._monitor is not None and self._monitor.enabled:
             self._monitor.write_events([(f"Train/{k}", record[k], samples) for k in MONITORED if record.get(k) is not None])
-        line = f"{record['kind']:<5} loss {record['loss']:.3f}  {record['step_ms']:.0f} ms  lr {record['lr']:.2e}"
+        self._recent.append(record)
         self._bar.update()
-        self._bar.set_postfix_str(line)
+        self._bar.set_postfix_str(f"{record['kind']} loss {record['loss']:.3f}  {record['step_ms']:.0f} ms")
         if step % self._every == 0 or step == self._total:
             self._file.flush()
             if self._bar.disable:
-                left = (self._total - step) * record["step_ms"] / 1000
-                logger.info("step %d/%d  %s  %s tokens/s  about %s left", step, self._total, line,
-                            f"{record['tokens_per_s']:,.0f}", _duration(left))  # fmt: skip
+                loss, ms = (sum(r[key] for r in self._recent) / len(self._recent) for key in ("loss", "step_ms"))
+                logger.info("step %d/%d  loss %.3f  %.0f ms/step  lr %.2e  about %s left", step, self._total, loss, ms,
+                            record["lr"], _duration((self._total - step) * ms / 1000))  # fmt: skip
+            self._recent.clear()
 
     def validation(self, step: int, values: dict[str, float], samples: int) -> None:
         """Record a validation."""

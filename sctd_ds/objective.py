@@ -103,9 +103,7 @@ def token_losses(state: ScTD, states: Pass, labelled: Labelled) -> Tensor:
     return losses.view(labelled.targets.shape)
 
 
-def align(
-    state: ScTD, student: Pass, teacher: Pass, selection: Selection, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def align(state: ScTD, student: Pass, teacher: Pass, selection: Selection, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """KL(softmax(full) || softmax(dropped)) over the hidden units, per sequence: at layer l [B] and at layer l-1 [B].
 
     align_on "cls": of the first state. "mean": of the mean over the positions that the dropped pass has at that layer

@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,18 @@ def environment() -> dict[str, str]:
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     packages = ("torch", "triton", "deepspeed", "transformers", "datasets", "sctd_ds")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except Exception:  # noqa: BLE001 - a package that is only on the path has no metadata
-            versions[package] = "unknown"
-    device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads per rank)" if on_cpu else torch.cuda.get_device_name()
+    versions = {package: _version(package) for package in packages}
+    device = (
+        f"CPU ({platform.machine()}, {torch.get_num_threads()} threads per rank)" if on_cpu else torch.cuda.get_device_name()
+    )
     return {"device": device, "python": platform.python_version(), **versions}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # on the path, but not installed
+        return "unknown"
 
 
 def build(run: RunConfig, shape: Shape, probe: Probe | None, folder: Path) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, folder: Path) -> di
     train = [r for r in records if r["event"] == "train"]
     validation = [r for r in records if r["event"] == "validation"]
     env = environment()
-    flops = {mode: sequence_flops(shape, run.sctd, mode) for mode in (("dense",) if run.sctd.method == "dense" else MODES)}
+    flops: dict[str, float] = {mode: sequence_flops(shape, run.sctd, mode) for mode in (("dense",) if run.sctd.method == "dense" else MODES)}
     report: dict[str, Any] = {
         "name": run.name,
         "method": run.sctd.method,
@@ -52,7 +56,9 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, folder: Path) -> di
         "validation": validation[-1] if validation else {},
         "flops_saved": flops_saved(shape, run.sctd),
         "flops_per_sequence": flops,
-        "kept_token_share": 1.0 if run.sctd.method == "dense" else kept_tokens(shape.length, run.sctd.drop_ratio) / shape.length,
+        "kept_token_share": 1.0
+        if run.sctd.method == "dense"
+        else kept_tokens(shape.length, run.sctd.drop_ratio) / shape.length,
         "run_step_ms": _step_ms(train),
         "samples_per_s": None,
         "tokens_per_s": None,
@@ -144,16 +150,16 @@ pipeline_tag: fill-mask
 ---
 # {run.name}
 
-A BERT masked language model, pretrained with sctd_ds {report['environment']['sctd_ds']} by {how}. Used as it is here, it sees
-every token in every layer: it is a plain BERT.
+A BERT masked language model, pretrained with sctd_ds {report["environment"]["sctd_ds"]} by {how}.
+Loaded from here it is a plain BERT that sees every token in every layer.
 
 | | |
 |---|---|
-| steps x batch | {report['steps']} x {run.global_batch} sequences of {run.pretrain.seq_length} tokens |
-| training text | {', '.join(str(s) for s in data.get('sources', []))} |
-| validation loss (masked LM, all tokens) | {'not measured' if validation is None else f'{validation:.4f}'} |
-| time saved against a dense step | {'not measured' if report['time_saved'] is None else f"{report['time_saved']:.1%}"} |
-| device | {report['environment']['device']} |
+| steps x batch | {report["steps"]} x {run.global_batch} sequences of {run.pretrain.seq_length} tokens |
+| training text | {", ".join(str(s) for s in data.get("sources", []))} |
+| validation loss (masked LM, all tokens) | {"not measured" if validation is None else f"{validation:.4f}"} |
+| time saved against a dense step | {"not measured" if report["time_saved"] is None else f"{report['time_saved']:.1%}"} |
+| device | {report["environment"]["device"]} |
 """
 
 
@@ -193,5 +199,6 @@ def _plot(report: Mapping[str, Any], records: list[dict[str, Any]], path: Path) 
     known = {label: 100 * value for label, value in bars.items() if value is not None}
     drawn = saving.bar(list(known), list(known.values()), color=["tab:gray", "tab:blue", "tab:green"][: len(known)])
     saving.bar_label(drawn, fmt="%.1f %%")
+    saving.margins(y=0.15)
     saving.set(title="Saved per step, on average", ylabel="%")
     figure.savefig(path, dpi=130)

@@ -6,6 +6,7 @@ Layers are counted from 0 here; the paper and the README count from 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,7 +117,7 @@ def align_share(config: ScTDConfig) -> float:
     return 1.0 if config.align_schedule == "spread" else 1.0 / config.interval
 
 
-def mean_cost(config: ScTDConfig, cost: dict[Mode, float]) -> float:
+def mean_cost(config: ScTDConfig, cost: Mapping[str, float]) -> float:
     """Average over the schedule of a cost per mode: FLOPs or milliseconds."""
     if config.method == "dense":
         return cost["dense"]
@@ -126,5 +127,5 @@ def mean_cost(config: ScTDConfig, cost: dict[Mode, float]) -> float:
 
 def flops_saved(shape: Shape, config: ScTDConfig) -> float:
     """Fraction of the dense step's operations that the method saves on average."""
-    cost = {mode: sequence_flops(shape, config, mode) for mode in MODES}
+    cost: dict[str, float] = {mode: sequence_flops(shape, config, mode) for mode in MODES}
     return 1 - mean_cost(config, cost) / cost["dense"]

@@ -106,7 +106,9 @@ def poisoned(engine):
     engine.train_batch(batches)
     weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     if dist.get_rank() == dist.get_world_size() - 1:
-        engine.module.cls.predictions.transform.LayerNorm.register_forward_hook(lambda module, inputs, output: output * torch.nan)
+        engine.module.cls.predictions.transform.LayerNorm.register_forward_hook(
+            lambda module, inputs, output: output * torch.nan
+        )
     try:
         engine.train_batch(batches)
     except NonFiniteLossError as error:

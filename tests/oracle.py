@@ -160,9 +160,7 @@ class Bert:
         for number in range(cross + 1, last):  # l//2 + 1 .. l - 1: kept tokens among themselves
             y = self.layer(number, y, y)
         returned = {p: y[slot] for slot, p in enumerate(kept)}
-        merged = torch.stack(
-            [returned.get(p, x[p]) for p in range(len(x))]
-        )  # the dropped ones as layer l//2 - 1 left them
+        merged = torch.stack([returned.get(p, x[p]) for p in range(len(x))])  # the dropped ones as layer l//2 - 1 left them
         return y, self.layer(last, merged, merged)
 
     def token_losses(self, x: Tensor, labels: Sequence[int]) -> list[Tensor]:

@@ -30,7 +30,12 @@ def test_baselines_differ_in_the_method_only(model, baseline):
 
 def test_large_is_the_papers_recipe():
     run = config.load(ROOT / "ds_configs" / "large.json", world_size=8)
-    assert (run.global_batch, run.pretrain.steps, run.pretrain.seq_length, run.pretrain.mlm_probability) == (1024, 250_000, 512, 0.15)
+    assert (run.global_batch, run.pretrain.steps, run.pretrain.seq_length, run.pretrain.mlm_probability) == (
+        1024,
+        250_000,
+        512,
+        0.15,
+    )
     assert (run.sctd.drop_ratio, run.sctd.interval, run.sctd.kl_weight) == (0.5, 10, 0.05)
     assert run.deepspeed["optimizer"]["params"]["lr"] == 2e-4 and run.deepspeed["zero_optimization"]["stage"] == 2
     assert json.loads((ROOT / "ds_configs" / "large.json").read_text())["fp16"]["enabled"]
@@ -38,7 +43,11 @@ def test_large_is_the_papers_recipe():
 
 def test_overrides_reach_any_key_and_parse_json():
     run = config.load(settings(), ["sctd.interval=20", "pretrain.model.num_hidden_layers=6", 'wandb={"enabled": false}'])
-    assert run.sctd.interval == 20 and run.pretrain.model["num_hidden_layers"] == 6 and run.deepspeed["wandb"] == {"enabled": False}
+    assert (
+        run.sctd.interval == 20
+        and run.pretrain.model["num_hidden_layers"] == 6
+        and run.deepspeed["wandb"] == {"enabled": False}
+    )
 
 
 def _paths(block, path=()):
@@ -118,7 +127,12 @@ def test_fp16_falls_back_to_bf16_aloud_or_not_at_all(monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "line 1, column 2"), ("[1]", "expected a JSON object"), ('{"sctd": {}, "sctd": {}}', "stands twice"), ("\xff", "read")],
+    [
+        ("{", "line 1, column 2"),
+        ("[1]", "expected a JSON object"),
+        ('{"sctd": {}, "sctd": {}}', "stands twice"),
+        ("\xff", "read"),
+    ],
 )
 def test_broken_files_are_named_with_the_place(tmp_path, text, message):
     file = tmp_path / "broken.json"

@@ -18,7 +18,9 @@ def model(layers=8, **method):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=64,
                         max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
-    return sctd_ds.convert(BertForMaskedLM(config), sctd_ds.ScTDConfig(**{"keep_token_ids": KEEP, "labels_per_row": 3, **method}))
+    return sctd_ds.convert(
+        BertForMaskedLM(config), sctd_ds.ScTDConfig(**{"keep_token_ids": KEEP, "labels_per_row": 3, **method})
+    )
 
 
 def batch(rows=4, length=32):

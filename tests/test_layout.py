@@ -49,7 +49,9 @@ def test_data_imports_nothing_else_of_ours_and_kernels_nothing_at_all():
 
 
 def test_importing_the_package_is_light():
-    code = "import sys, sctd_ds; print([m for m in ('deepspeed', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, sctd_ds; print([m for m in ('deepspeed', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

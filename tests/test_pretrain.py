@@ -59,7 +59,9 @@ def assert_equal(a, b, where):
 def resumed(request, small_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"resume{request.param}")
     config = write_settings(folder / "mini.json")
-    done = launch(ROOT / "tests" / "resume_scenarios.py", config, small_data, folder, *RESUMED, ranks=request.param, timeout=500)
+    done = launch(
+        ROOT / "tests" / "resume_scenarios.py", config, small_data, folder, *RESUMED, ranks=request.param, timeout=500
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     return folder
 
@@ -83,7 +85,9 @@ def test_run_writes_what_it_promises(resumed):
     assert [r["step"] for r in validations] == [5, 10, 14]
     assert all(abs(r["gap"] - (r["loss_drop"] - r["loss_full"])) < 1e-9 and r["cosine_last"] <= 1 + 1e-6 for r in validations)
     report = json.loads((run / "report.json").read_text())
-    assert report["time_saved"] is None and 0 < report["flops_saved"] < 1  # probe_steps is 0 here: nothing measured, nothing claimed
+    assert (
+        report["time_saved"] is None and 0 < report["flops_saved"] < 1
+    )  # probe_steps is 0 here: nothing measured, nothing claimed
     assert (run / "report.png").stat().st_size > 10_000
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(run / "model"), AutoTokenizer.from_pretrained(run / "model")
     assert model(**tokenizer("bando kori", return_tensors="pt")).logits.shape[-1] == model.config.vocab_size
@@ -103,7 +107,9 @@ def test_sigterm_to_the_workers_saves_and_the_same_command_continues(small_data,
     while len(metrics.read(log)) < 5:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
         time.sleep(0.05)
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if any("pretrain.py" in a for a in p.cmdline()[:4])]
+    workers = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if any("pretrain.py" in a for a in p.cmdline()[:4])
+    ]
     workers = [p for p in workers if any(a.startswith("--local_rank") for a in p.cmdline())]
     assert len(workers) == 2
     workers[0].send_signal(signal.SIGTERM)  # one rank is told, both must agree
@@ -143,7 +149,9 @@ def test_probe_leaves_no_trace_and_measures_every_kind(mini):
     assert mini(output="with", pretrain={**FEW, "probe_steps": 2}) == 0
     assert_same_end(mini.folder / "without", mini.folder / "with")
     report = json.loads((mini.folder / "with" / "report.json").read_text())
-    assert set(report["step_ms"]) == {"dense", "drop", "align", "huggingface"} and all(v > 0 for v in report["step_ms"].values())
+    assert set(report["step_ms"]) == {"dense", "drop", "align", "huggingface"} and all(
+        v > 0 for v in report["step_ms"].values()
+    )
     ms = report["step_ms"]
     assert report["time_saved"] == pytest.approx(1 - (0.75 * ms["drop"] + 0.25 * ms["align"]) / ms["dense"])
 
@@ -214,7 +222,10 @@ def test_keep_last_and_failed_writes_leave_complete_checkpoints(mini, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write_manifest", full)
-    assert mini("--allow-change", "pretrain.steps", "--allow-change", "scheduler.params.total_num_steps", pretrain={"steps": 6}) == 2
+    assert (
+        mini("--allow-change", "pretrain.steps", "--allow-change", "scheduler.params.total_num_steps", pretrain={"steps": 6})
+        == 2
+    )
     assert "No space left" in capsys.readouterr().err
     assert sorted(p.name for p in checkpoints.iterdir() if p.is_dir()) == ["step_00000003", "step_00000004"]
     assert all(checkpoint.verify(p) is None for p in checkpoints.glob("step_*"))
