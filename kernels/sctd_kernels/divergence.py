@@ -23,11 +23,12 @@ from torch import Tensor
 from sctd_kernels.launch import block_of, on_device_of, register_op, unit_last_stride
 
 MIN_BLOCK, MAX_BLOCK = 256, 4096
+MAX_BLOCK_BACKWARD = 2048  # backward needs no whole row, and holds more per element
 
 
-def launch_sizes(D: int) -> dict[str, int]:
+def launch_sizes(D: int, largest: int = MAX_BLOCK) -> dict[str, int]:
     """16 elements of each row per thread."""
-    block = block_of(D, MIN_BLOCK, MAX_BLOCK)
+    block = block_of(D, MIN_BLOCK, largest)
     return {"BLOCK_D": block, "num_warps": max(1, block // 512)}
 
 
@@ -107,7 +108,7 @@ def softmax_kl_backward(
     teacher, student = unit_last_stride(teacher), unit_last_stride(student)
     dteacher = torch.empty((N, D) if need_teacher else 0, dtype=teacher.dtype, device=teacher.device)
     dstudent = torch.empty((N, D) if need_student else 0, dtype=student.dtype, device=student.device)
-    sizes = launch_sizes(D)
+    sizes = launch_sizes(D, MAX_BLOCK_BACKWARD)
     with on_device_of(teacher):
         softmax_kl_backward_kernel[(N, triton.cdiv(D, sizes["BLOCK_D"]))](
             grad, teacher, student, stats, dteacher, dstudent,

@@ -1,0 +1,158 @@
+"""How this project measures on a GPU: calls captured in a CUDA graph, timed by events, over more data than the cache holds.
+
+A graph keeps the host out of the figure. It cycles through several sets of inputs, so that the L2 cache cannot hold what the
+next call reads, and it is long enough for the cost of starting it to vanish. Host time is measured apart (`host_microseconds`).
+"""
+
+import csv
+import math
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+CACHE_BYTES = 256 * 2**20  # several times any L2 cache
+GRAPH_MICROSECONDS = 600.0
+MAX_CALLS = 128
+REPLAYS = 20
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and on what a figure was measured; written into every line of a results file."""
+
+    device: str
+    commit: str
+    torch: str
+    triton: str
+    cuda: str
+    python: str
+    date: str
+
+    @classmethod
+    def collect(cls) -> "Environment":
+        try:
+            from triton import __version__ as triton_version
+        except ImportError:
+            triton_version = "none"
+        gpu = torch.cuda.is_available()
+        return cls(
+            device=torch.cuda.get_device_name() if gpu else platform.machine(),
+            commit=commit(),
+            torch=torch.__version__,
+            triton=triton_version,
+            cuda=torch.version.cuda if gpu else "none",
+            python=platform.python_version(),
+            date=time.strftime("%Y-%m-%d"),
+        )
+
+    @property
+    def folder_name(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+
+
+def commit() -> str:
+    """The commit that is measured: SCTD_COMMIT where a copy without its history runs, else what git says."""
+    if "SCTD_COMMIT" in os.environ:
+        return os.environ["SCTD_COMMIT"]
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def time_calls(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> Timing:
+    """GPU time per call. What the calls differentiate must have been computed on `stream`."""
+    with torch.cuda.stream(stream):
+        for call in calls[:3] * 2:
+            call()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+    end.synchronize()
+    estimate = max(start.elapsed_time(end) * 1000 / len(calls), 1.0)
+    count = min(max(len(calls), math.ceil(GRAPH_MICROSECONDS / estimate)), MAX_CALLS)
+
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    times = []
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        for i in range(count):
+            calls[i % len(calls)]()
+        graph.capture_end()
+        for _ in range(REPLAYS + 3):
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1000 / count)
+    times = torch.tensor(times[3:], dtype=torch.float64)
+    return Timing(*(times.quantile(q).item() for q in (0.5, 0.2, 0.8)))
+
+
+def host_microseconds(call: Callable[[], Any], calls: int = 50) -> float:
+    """Time that one call keeps the host busy, without waiting for the GPU."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed * 1e6 / calls
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Memory that a call needs at its peak, beyond what was allocated before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def input_sets(bytes_per_call: int) -> int:
+    """How many sets of inputs together exceed the cache."""
+    return min(max(math.ceil(CACHE_BYTES / max(bytes_per_call, 1)), 1), 32)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of the device copying 512 MiB within its own memory."""
+    source = torch.ones(2**29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    timing = time_calls([lambda: target.copy_(source)], torch.cuda.Stream())
+    return 2 * source.numel() / timing.median * 1e6
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], environment: Environment) -> None:
+    """Write the rows, each with the environment, replacing the file as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamp = asdict(environment)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows[0], *stamp], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **stamp} for row in rows)
+    partial.replace(path)

@@ -1,0 +1,371 @@
+"""The kernels against torch, torch.compile and DeepSpeed's random-LTD: `python -m benchmarks.kernels [--quick]`.
+
+Every operator has a floor: the bytes that it must move, at the bandwidth with which the same card copies memory, measured in
+the same run. A figure is printed only for an implementation whose outputs and gradients passed the check against the float64
+twin on that very input. Without a GPU the table holds bytes and floors, and says that nothing was measured.
+
+The table shows S = 512; everything goes to `results/<device>/kernels.csv`, the shares of copy bandwidth at B=64, S=512, D=1024
+to `kernels.png`. torch.compile compiles for each shape, which takes seconds, so it is measured at S = 512 only.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sctd_kernels
+import torch
+from sctd_kernels import reference
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from benchmarks import harness
+
+PROVIDERS = ("ours", "torch", "torch.compile", "random-LTD")
+MODES = ("forward", "backward", "both")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ASSUMED_BANDWIDTH = 3.0e12  # bytes per second, for the floors where there is no GPU: an H100's
+VOCABULARY = 30522
+LABELLED = 0.15  # of the tokens
+HEADLINE = {"B": 64, "S": 512, "D": 1024}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one shape: how to make its inputs, who computes it, what it must move."""
+
+    op: str
+    shape: dict[str, int]
+    dtype: torch.dtype
+    inputs: Callable[[], tuple[Any, ...]]
+    arguments: tuple[int, ...]
+    """Positions of the inputs that are differentiated; none: forward only."""
+    providers: dict[str, Callable[..., Any]]
+    moved: dict[str, int]
+    """Mode -> bytes."""
+    exact: bool = True
+    """Copies and indices are compared bit for bit, arithmetic with what torch reaches."""
+    truth: Callable[..., Any] | None = None
+    """The formula in float64, where the twin does not take float64."""
+
+    @property
+    def name(self) -> str:
+        sizes = " ".join(f"{key}={value}" for key, value in self.shape.items())
+        return f"{self.op:20} {sizes:22} {str(self.dtype).removeprefix('torch.'):8}"
+
+
+def routing(B: int, S: int) -> tuple[Tensor, Tensor]:
+    """Half of the tokens, chosen at random."""
+    ids = torch.randint(VOCABULARY, (B, S), device=DEVICE)
+    return sctd_kernels.select_tokens(torch.rand(VOCABULARY, device=DEVICE), ids, S // 2)
+
+
+def triton_backend(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: function(*arguments, backend="triton")
+
+
+def providers(name: str, ltd: Callable[..., Any] | None = None) -> dict[str, Callable[..., Any]]:
+    twin = getattr(reference, name)
+    found = {"ours": triton_backend(getattr(sctd_kernels, name)), "torch": twin, "torch.compile": twin}
+    return found if ltd is None else {**found, "random-LTD": ltd}
+
+
+def sequence_cases(B: int, S: int, D: int, dtype: torch.dtype, random_ltd: Any) -> Iterator[Case]:
+    """Routing and divergence: everything that works on [B, S, D]."""
+    K = S // 2
+    shape, item = {"B": B, "S": S, "D": D}, dtype.itemsize
+    full, kept_rows = B * S * D * item, B * K * D * item
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, dtype=dtype, device=DEVICE).requires_grad_()
+
+    gather = merge = None
+    if random_ltd is not None:
+        gather = lambda x, kept, slot: random_ltd.GatherTokens.apply(x, kept, True)[1]  # noqa: E731
+        merge = lambda x, y, kept, slot: random_ltd.ScatterTokens.apply(x, y, kept, True)  # noqa: E731
+    yield Case(
+        "gather_tokens", shape, dtype, lambda: (random(B, S, D), *routing(B, S)), (0,), providers("gather_tokens", gather),
+        {"forward": 2 * kept_rows, "backward": kept_rows + full},
+    )  # fmt: skip
+    yield Case(
+        "merge_tokens", shape, dtype, lambda: (random(B, S, D), random(B, K, D), *routing(B, S)), (0, 1),
+        providers("merge_tokens", merge), {"forward": 2 * full, "backward": 2 * full + kept_rows},
+    )  # fmt: skip
+    yield Case(
+        "softmax_kl", shape, dtype, lambda: (random(B * K, D).detach(), random(B * K, D)), (1,), providers("softmax_kl"),
+        {"forward": 2 * kept_rows, "backward": 3 * kept_rows}, exact=False,
+    )  # fmt: skip
+
+
+def vocabulary_cases(B: int, S: int, dtype: torch.dtype) -> Iterator[Case]:
+    """The masked-LM head's loss, on labelled rows."""
+    N, V = round(B * S * LABELLED), VOCABULARY
+    logits = N * V * dtype.itemsize
+    yield Case(
+        "token_cross_entropy", {"N": N, "V": V}, dtype,
+        lambda: (torch.randn(N, V, dtype=dtype, device=DEVICE).requires_grad_(), torch.randint(V, (N,), device=DEVICE)), (0,),
+        providers("token_cross_entropy"), {"forward": logits, "backward": 2 * logits}, exact=False,
+    )  # fmt: skip
+
+
+def index_cases(B: int, S: int) -> Iterator[Case]:
+    """Selection and importance: a few hundred kilobytes, so the launch is what they cost."""
+    N, V = round(B * S * LABELLED), VOCABULARY
+    yield Case(
+        "select_tokens", {"B": B, "S": S}, torch.float32,
+        lambda: (torch.rand(V, device=DEVICE), torch.randint(V, (B, S), device=DEVICE), S // 2), (),
+        providers("select_tokens"), {"forward": B * S * (8 + 4 + 4) + B * S // 2 * 4},
+    )  # fmt: skip
+
+    def record(function: Callable[..., None]) -> Callable[..., Tensor]:
+        def recorded(stats, labels, losses):
+            function(stats, labels, losses)
+            return stats
+
+        return recorded
+
+    def update(function: Callable[..., None]) -> Callable[..., Tensor]:
+        def updated(scores, stats):
+            function(scores, stats, 0.995)
+            return scores
+
+        return updated
+
+    yield Case(
+        "record_losses", {"N": N, "V": V}, torch.float32,
+        lambda: (torch.zeros(2, V, dtype=torch.float64, device=DEVICE), torch.randint(V, (N,), device=DEVICE),
+                 torch.rand(N, device=DEVICE) * 10), (),
+        {name: record(function) for name, function in providers("record_losses").items()}, {"forward": N * (8 + 4 + 4 * 8)},
+    )  # fmt: skip
+    yield Case(
+        "update_scores", {"V": V}, torch.float32,
+        lambda: (torch.full((V,), 10.0, device=DEVICE), torch.ones(2, V, dtype=torch.float64, device=DEVICE)), (),
+        {name: update(function) for name, function in providers("update_scores").items()}, {"forward": V * (8 + 8 + 4 + 4)},
+        exact=False, truth=lambda scores, stats: 0.995 * scores + 0.005 * stats[0] / stats[1],
+    )  # fmt: skip
+
+
+def cases(quick: bool, random_ltd: Any) -> Iterator[Case]:
+    lengths, batches, widths = ((512,), (64,), (1024,)) if quick else ((512, 128, 2048), (64, 16), (1024, 768))
+    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16)
+    for S, B in itertools.product(lengths, batches):
+        yield from index_cases(B, S)
+        for dtype in dtypes:
+            if S == 512:
+                yield from vocabulary_cases(B, S, dtype)
+            for D in widths:
+                yield from sequence_cases(B, S, D, dtype, random_ltd)
+
+
+def results_of(case: Case, function: Callable[..., Any], inputs: Sequence[Any], upstream: Tensor | None) -> list[Tensor]:
+    """Outputs and gradients. Inputs that are written in place are copied first."""
+    if not case.arguments:
+        output = function(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))
+        return list(output) if isinstance(output, tuple) else [output]
+    output = function(*inputs)
+    return [output, *torch.autograd.grad(output, [inputs[i] for i in case.arguments], upstream.to(output.dtype))]
+
+
+def errors_of(results: Sequence[Tensor], truths: Sequence[Tensor]) -> list[float]:
+    """Of each result the largest error, relative to the largest number in the truth."""
+    return [
+        ((x.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).nan_to_num(nan=float("inf")).item()
+        for x, truth in zip(results, truths, strict=True)
+    ]
+
+
+def check(case: Case, function: Callable[..., Any], inputs: Sequence[Any], upstream: Tensor | None) -> tuple[list[str], float]:
+    """(complaints about the output and about the gradients, empty if they are right; largest relative error).
+
+    Copies and indices must equal the twin's; other results may be twice as far from the float64 twin as torch's are.
+    """
+    twin = case.providers["torch"]
+    expected = results_of(case, twin, inputs, upstream)
+    results = results_of(case, function, inputs, upstream)
+    if case.exact:
+        errors = [0.0 if torch.equal(x, y) else float("inf") for x, y in zip(results, expected, strict=True)]
+        limits = [0.0] * len(errors)
+    else:
+        wide = [
+            x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in inputs
+        ]
+        truths = [t.detach() for t in results_of(case, case.truth or twin, wide, upstream)]
+        errors = errors_of(results, truths)
+        limits = [2 * error + 1e-6 for error in errors_of(expected, truths)]
+    complaints = ["" if error <= limit else f"wrong by {error:.1e}" for error, limit in zip(errors, limits, strict=True)]
+    if not case.arguments:
+        return ["".join(complaints)], max(errors)
+    return [complaints[0], "".join(complaints[1:])], max(errors)
+
+
+def calls_of(case: Case, function: Callable[..., Any], sets: Sequence[Sequence[Any]], upstream: Tensor | None, mode: str):
+    """One call per set of inputs. Must run on the stream that will time them."""
+
+    def gradients(output: Tensor, inputs: Sequence[Any], retain_graph: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, [inputs[i] for i in case.arguments], upstream, retain_graph=retain_graph)
+
+    if mode == "forward":
+        return [lambda inputs=inputs: function(*inputs) for inputs in sets]
+    if mode == "backward":
+        outputs = [function(*inputs) for inputs in sets]
+        return [lambda o=output, i=inputs: gradients(o, i, True) for output, inputs in zip(outputs, sets, strict=True)]
+    return [lambda inputs=inputs: gradients(function(*inputs), inputs, False) for inputs in sets]
+
+
+def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """A row for each provider and mode."""
+    torch.manual_seed(0)
+    stream = torch.cuda.Stream()
+    moved = {**case.moved, **({"both": sum(case.moved.values())} if case.arguments else {})}
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        sets = [case.inputs() for _ in range(harness.input_sets(case.moved["forward"]))]
+        upstream = None
+        if case.arguments:
+            output = case.providers["torch"](*sets[0])
+            upstream = torch.randn(output.shape, device=DEVICE).to(output.dtype)
+            del output
+    for provider, function in case.providers.items():
+        if provider == "torch.compile":
+            if case.shape.get("S", 512) != 512:
+                continue
+            torch._dynamo.reset()
+            function = torch.compile(function, fullgraph=True, dynamic=False)
+        with torch.cuda.stream(stream):
+            complaints, error = check(case, function, sets[0], upstream)
+        for mode in moved:
+            complaint = complaints[0] if mode == "forward" else "".join(complaints)
+            row = {
+                "op": case.op, **{key: case.shape.get(key, "") for key in ("B", "S", "D", "N", "V")},
+                "dtype": str(case.dtype).removeprefix("torch."), "mode": mode, "provider": provider,
+                "microseconds": "", "p20": "", "p80": "", "bytes": moved[mode], "GB_per_s": "", "share_of_copy": "",
+                "host_microseconds": "", "peak_MiB": "", "relative_error": f"{error:.2e}", "check": complaint or "passed",
+            }  # fmt: skip
+            if not complaint:
+                with torch.cuda.stream(stream):
+                    calls = calls_of(case, function, sets, upstream, mode)
+                    peak = harness.peak_bytes(calls[0])
+                    host = harness.host_microseconds(calls[0]) if mode == "forward" else None
+                timing = harness.time_calls(calls, stream)
+                del calls
+                rate = moved[mode] / timing.median * 1e6
+                row |= {
+                    "microseconds": round(timing.median, 2), "p20": round(timing.p20, 2), "p80": round(timing.p80, 2),
+                    "GB_per_s": round(rate / 1e9, 1), "share_of_copy": round(rate / bandwidth, 3),
+                    "host_microseconds": "" if host is None else round(host, 1), "peak_MiB": round(peak / 2**20, 1),
+                }  # fmt: skip
+            yield row
+
+
+def table_lines(case: Case, rows: Sequence[dict[str, Any]], modes: Sequence[str]) -> Iterator[str]:
+    """One line per mode: time and share of copy bandwidth of ours, then how much longer the others take."""
+    for mode in modes:
+        cells = []
+        ours = None
+        for row in rows:
+            if row["mode"] != mode:
+                continue
+            if row["check"] != "passed":
+                cells.append(f"{row['provider']} REFUSED: {row['check']}")
+            elif row["provider"] == "ours":
+                ours = row["microseconds"]
+                host = f", host {row['host_microseconds']} us" if row["host_microseconds"] != "" else ""
+                cells.append(f"{ours:7.1f} us {row['share_of_copy']:4.0%}{host}")
+            else:
+                ratio = f" {row['microseconds'] / ours:.2f}x" if ours else ""
+                cells.append(f"{row['provider']} {row['microseconds']:.1f}{ratio}")
+        if cells:
+            yield f"{case.name} {mode:8} " + " | ".join(cells)
+
+
+def plot(path: Path, rows: Sequence[dict[str, Any]], environment: harness.Environment) -> None:
+    """Share of copy bandwidth at the headline shape, in bfloat16."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = [
+        row for row in rows
+        if row["dtype"] == "bfloat16" and row["check"] == "passed" and row["mode"] != "both"
+        and (all(row[key] == size for key, size in HEADLINE.items()) or row["N"] == round(64 * 512 * LABELLED))
+    ]  # fmt: skip
+    bars = list(dict.fromkeys((row["op"], row["mode"]) for row in chosen))
+    figure, axes = pyplot.subplots(figsize=(10, 0.6 * len(bars) + 1.5), layout="constrained")
+    for i, provider in enumerate(PROVIDERS):
+        share = {(row["op"], row["mode"]): row["share_of_copy"] for row in chosen if row["provider"] == provider}
+        present = [n for n, bar in enumerate(bars) if bar in share]
+        axes.barh([n + 0.2 * (i - 1.5) for n in present], [share[bars[n]] for n in present], 0.2, label=provider)
+    axes.set_yticks(range(len(bars)), [f"{op}, {mode}" for op, mode in bars])
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("bytes that must move per second, as a share of copy bandwidth")
+    axes.set_title(f"B=64, S=512, D=1024, bfloat16 — {environment.device}, torch {environment.torch}, {environment.commit}")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def load_random_ltd() -> Any:
+    """DeepSpeed's random-LTD operators, or None with the reason printed: they are compiled on first use."""
+    try:
+        from deepspeed.ops.op_builder import RandomLTDBuilder
+        from deepspeed.ops.random_ltd import dropping_utils
+
+        dropping_utils.random_ltd_module = RandomLTDBuilder().load(verbose=False)
+    except Exception as error:  # a missing package, compiler or CUDA toolkit: the comparison is left out, by name
+        reason = str(error).strip() or type(error).__name__
+        print(f"random-LTD is left out: {reason.splitlines()[0][:160]}")
+        return None
+    return dropping_utils
+
+
+def print_floors(quick: bool) -> None:
+    print(f"No CUDA device: bytes that must move, and their time at {ASSUMED_BANDWIDTH / 1e12:.1f} TB/s (about an H100)")
+    for case in cases(quick, None):
+        if case.shape.get("S", 512) == 512:
+            for mode, moved in case.moved.items():
+                floor = moved / ASSUMED_BANDWIDTH * 1e6
+                print(f"{case.name} {mode:8} {moved / 1e6:9.2f} MB  floor {floor:7.1f} us  not measured")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only B=64, S=512, D=1024 in bfloat16")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder that gets <device>/kernels.csv and .png")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print_floors(options.quick)
+        return 0
+
+    functorch_config.donated_buffer = False  # lets a compiled backward be timed again and again
+    environment = harness.Environment.collect()
+    bandwidth = harness.copy_bandwidth()
+    print(
+        f"{environment.device}, copy {bandwidth / 1e12:.2f} TB/s, torch {environment.torch}, triton {environment.triton},"
+        f" commit {environment.commit}\nours: us per call, share of copy bandwidth | others: us, times ours"
+    )
+    rows: list[dict[str, Any]] = []
+    refused = 0
+    for case in cases(options.quick, load_random_ltd()):
+        measured = list(measure(case, bandwidth))
+        rows += [{**row, "copy_GB_per_s": round(bandwidth / 1e9, 1)} for row in measured]
+        refused += any(row["provider"] == "ours" and row["check"] != "passed" for row in measured)
+        if case.shape.get("S", 512) == 512:
+            print("\n".join(table_lines(case, measured, MODES if options.quick else MODES[:2])), flush=True)
+        torch.cuda.empty_cache()
+    folder = options.output / environment.folder_name
+    harness.write_csv(folder / "kernels.csv", rows, environment)
+    plot(folder / "kernels.png", rows, environment)
+    print(f"{len(rows)} rows in {folder / 'kernels.csv'}")
+    if refused:
+        print(f"our kernels failed their check in {refused} cases: no figure was printed for them", file=sys.stderr)
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
