@@ -20,15 +20,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 
 import sctd_ds
-from sctd_ds import checkpoint, config, data, probe, report
-from sctd_ds.encoder import state_of
+from sctd_ds import checkpoint, config, data, job, probe, report
 from sctd_ds.engine import NonFiniteLossError, TrainingError
 from sctd_ds.metrics import Metrics
-from sctd_ds.schedule import Shape, kept_tokens, mean_cost
+from sctd_ds.schedule import kept_tokens
 from sctd_ds.validation import validate
 
 logger = logging.getLogger("pretrain")
@@ -51,33 +49,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="change one key of the file, dotted: sctd.interval=20; repeatable")  # fmt: skip
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY",
                         help="on resume, accept another value of this key, for example pretrain.steps; repeatable")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true",
-                        help="check everything, build the model, time two steps of each kind, forecast the run; write nothing")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="check everything, build the model, time two steps of "
+                        "each kind, forecast the run; write nothing")  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     return parser.parse_args(argv)
-
-
-def build_model(run: config.RunConfig, packed: data.PackedData) -> transformers.BertForMaskedLM:
-    """The run's model in fp32, initialised from its seed and converted."""
-    tokenizer, multiple = packed.tokenizer, run.pretrain.pad_vocab_to
-    transformers.set_seed(run.pretrain.seed)
-    model = transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            **config.model_arguments(run.pretrain),
-            vocab_size=-(-len(tokenizer) // multiple) * multiple,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    settings = {
-        "labels_per_row": data.Masker(tokenizer, 0, run.pretrain.mlm_probability).labels_per_row(run.pretrain.seq_length)
-    }
-    if run.sctd.keep_token_ids == "auto":
-        settings["keep_token_ids"] = [getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask")]
-    sctd_ds.convert(model, run.sctd.model_copy(update=settings))
-    wanted = run.pretrain.compile
-    if wanted is True or (wanted == "auto" and get_accelerator().device_name() == "cuda"):
-        state_of(model).encoder.compile()
-    return model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,22 +71,19 @@ def main(argv: list[str] | None = None) -> int:
     checkpoints = folder / "checkpoints"
     found = None if arguments.dry_run else checkpoint.find(checkpoints, arguments.resume)
 
-    packed = prepare_data(arguments.data or run.pretrain.data, run)
+    packed = job.prepare_data(arguments.data or run.pretrain.data, run)
     masker = data.Masker(packed.tokenizer, run.pretrain.seed, run.pretrain.mlm_probability)
     loader = data.Loader(packed.train, masker, micro_batch=run.micro_batch, accumulation=run.accumulation, rank=rank,
                          world=world, seed=run.pretrain.seed, num_workers=run.pretrain.num_workers)  # fmt: skip
-    model = build_model(run, packed)
-    shape = Shape(model.config.num_hidden_layers, model.config.hidden_size, model.config.intermediate_size,
-                  model.config.vocab_size, run.pretrain.seq_length, masker.labels_per_row(run.pretrain.seq_length))  # fmt: skip
-    logger.info("%s: %.1fM parameters, %d rows of %d tokens to train on, %d to validate, %d ranks x %d rows x %d steps of accumulation",
-                run.name, sum(p.numel() for p in model.parameters()) / 1e6, len(packed.train), run.pretrain.seq_length,
-                len(packed.validation), world, run.micro_batch, run.accumulation)  # fmt: skip
+    model = job.build_model(run, packed)
+    shape = job.shape_of(model, run, packed)
+    logger.info("%s", job.describe(model, run, packed))
 
     repeats = 2 if arguments.dry_run else run.pretrain.probe_steps
     measured = probe.measure(model, run, loader, repeats) if repeats else None
     loader.load_state_dict({"position": 0})
     if arguments.dry_run:
-        logger.info("dry run: everything fits. Nothing was written.\n%s", forecast(run, shape, measured, folder))
+        logger.info("dry run: everything fits. Nothing was written.\n%s", job.forecast(run, shape, measured, folder))
         return 0
 
     engine, *_ = sctd_ds.initialize(model=model, model_parameters=model.parameters(), config=run.deepspeed)
@@ -180,42 +152,6 @@ def train(engine: Any, loader: data.Loader, run: config.RunConfig, packed: data.
     finally:
         metrics.close()
     return False
-
-
-def prepare_data(spec: str | list[str], run: config.RunConfig) -> data.PackedData:
-    """Built data, or raw text built once into data/cache: rank 0 works, the others wait."""
-    options, problem = run.pretrain, [None]
-    path: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            build = dict(
-                tokenizer=options.tokenizer, vocab_size=options.vocab_size, seq_length=options.seq_length, seed=options.seed
-            )
-            path = [data.prepare(spec, Path("data") / "cache", **build)]
-        except data.DataError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise data.DataError(problem[0])
-    dist.broadcast_object_list(path, src=0)
-    packed = data.load(path[0], seq_length=options.seq_length)
-    if len(packed.train) < run.global_batch:
-        raise data.DataError(f"{path[0]}: {len(packed.train)} training rows are fewer than one batch of {run.global_batch}: "
-                             "add text, or lower train_batch_size or pretrain.seq_length")  # fmt: skip
-    return packed
-
-
-def forecast(run: config.RunConfig, shape: Shape, measured: probe.Probe, folder: Path) -> str:
-    """What a dry run tells."""
-    result = report.build(run, shape, measured, folder)
-    hours = mean_cost(run.sctd, measured.step_ms) * run.pretrain.steps / 3.6e6
-    lines = [
-        *report.saving_text(result),
-        f"  whole run        {run.pretrain.steps:,} steps, about {hours:,.1f} hours on this device",
-    ]
-    for kind, size in measured.peak_bytes.items():
-        lines.append(f"  peak memory      {kind}: {size / 2**30:.1f} GiB")
-    return "\n".join(lines)
 
 
 def listen(engine: Any) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 

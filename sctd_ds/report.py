@@ -47,7 +47,9 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, folder: Path) -> di
     train = [r for r in records if r["event"] == "train"]
     validation = [r for r in records if r["event"] == "validation"]
     env = environment()
-    flops: dict[str, float] = {mode: sequence_flops(shape, run.sctd, mode) for mode in (("dense",) if run.sctd.method == "dense" else MODES)}
+    flops: dict[str, float] = {
+        mode: sequence_flops(shape, run.sctd, mode) for mode in (("dense",) if run.sctd.method == "dense" else MODES)
+    }
     report: dict[str, Any] = {
         "name": run.name,
         "method": run.sctd.method,

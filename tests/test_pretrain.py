@@ -18,7 +18,7 @@ from conftest import ROOT, launch, launch_command, launch_environment, settings,
 sys.path.insert(0, str(ROOT))
 
 import pretrain
-from sctd_ds import checkpoint, metrics
+from sctd_ds import checkpoint, job, metrics
 
 INTERVAL, EPOCH = 4, 5  # steps; see conftest
 RESUMED = (1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * EPOCH)
@@ -232,7 +232,7 @@ def test_keep_last_and_failed_writes_leave_complete_checkpoints(mini, monkeypatc
 
 
 def test_nan_loss_stops_with_step_and_samples(mini, monkeypatch, capsys, caplog):
-    original = pretrain.build_model
+    original = job.build_model
 
     def poisoned(run, packed):
         model = original(run, packed)
@@ -245,7 +245,7 @@ def test_nan_loss_stops_with_step_and_samples(mini, monkeypatch, capsys, caplog)
         model.cls.predictions.transform.register_forward_hook(hook)
         return model
 
-    monkeypatch.setattr(pretrain, "build_model", poisoned)
+    monkeypatch.setattr(job, "build_model", poisoned)
     assert mini(pretrain=FEW) == 3
     assert "step 3: the loss is not finite" in capsys.readouterr().err
     assert re.search(r"samples \(epoch, row\).*\[\(0, \d+\)", caplog.text)
