@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from sctd_ds.adapters import Adapter, Batch, register_adapter
 from sctd_ds.config import ConfigError, ScTDConfig
 from sctd_ds.encoder import convert, importance, revert, set_mode
 
@@ -16,6 +17,8 @@ except PackageNotFoundError:  # run from a checkout that is on the path but not 
     __version__ = "0+unknown"
 
 __all__ = [
+    "Adapter",
+    "Batch",
     "ConfigError",
     "ScTDConfig",
     "ScTDEngine",
@@ -23,6 +26,7 @@ __all__ = [
     "export",
     "importance",
     "initialize",
+    "register_adapter",
     "revert",
     "set_mode",
 ]

@@ -9,7 +9,7 @@ import functools
 import logging
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sctd_kernels
@@ -24,6 +24,7 @@ from sctd_ds.schedule import MODES, LayerPlan, Mode, aligned_rows, kept_tokens
 logger = logging.getLogger(__name__)
 
 _STATE = "_sctd"
+_FORWARD = "sctd_training_forward"
 
 
 @dataclass
@@ -79,22 +80,27 @@ class Encoder:
     def dropped_suffix(self, x: Tensor, mask: Tensor | None, selection: Selection) -> Pass:
         """The remaining layers, the middle ones on the kept tokens. x: [B, S, d] from `prefix`; mask: [B, S] or None."""
         assert self.plan is not None
-        y = sctd_kernels.gather_tokens(x, selection.kept, selection.slot)
-        y = self._run(self.plan.cross, y, x, mask)
+        kept, slot = selection.kept, selection.slot
+        if self.adapter.black_box:
+            y = sctd_kernels.gather_tokens(self._run(self.plan.cross, x, x, mask), kept, slot)
+        else:
+            y = self._run(self.plan.cross, sctd_kernels.gather_tokens(x, kept, slot), x, mask, kept)
         for i in self.plan.kept:
-            y = self._run(i, y, y, selection.mask)
-        merged = sctd_kernels.merge_tokens(x, y, selection.kept, selection.slot)
+            y = self._run(i, y, y, selection.mask, kept, kept)
+        merged = sctd_kernels.merge_tokens(x, y, kept, slot)
         return Pass(self._run(self.plan.last, merged, merged, mask), y)
 
-    def _run(self, index: int, queries: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def _run(self, index: int, queries: Tensor, context: Tensor, mask: Tensor | None,
+             query_at: Tensor | None = None, context_at: Tensor | None = None) -> Tensor:  # fmt: skip
         layer: Any = self.adapter.layers[index]
         attend = None if mask is None else mask.bool()[:, None, None, :]
+        places = (query_at, context_at) if self.adapter.positional else ()
         if not layer.training:
-            return self.adapter.layer(layer, queries, context, attend)
+            return self.adapter.layer(layer, queries, context, attend, *places)
         if getattr(layer, "gradient_checkpointing", False):
             # The function is set by gradient_checkpointing_enable; a selection travels in as data, so it is never made twice.
-            return layer._gradient_checkpointing_func(self._layer, layer, queries, context, attend)
-        return self._layer(layer, queries, context, attend)
+            return layer._gradient_checkpointing_func(self._layer, layer, queries, context, attend, *places)
+        return self._layer(layer, queries, context, attend, *places)
 
 
 class ScTD:
@@ -102,6 +108,7 @@ class ScTD:
 
     def __init__(self, model: nn.Module, config: ScTDConfig) -> None:
         adapter = find_adapter(model)
+        check_trainable(adapter)
         plan = None if config.method == "dense" else LayerPlan(len(adapter.layers))
         self.config = config
         self.encoder = Encoder(adapter, plan)
@@ -153,20 +160,38 @@ def take_rows(batch: Batch, rows: range) -> Batch:
         return batch
 
     def take(x: Any) -> Any:
-        per_row = isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == batch.input_ids.shape[0]
+        # Position ids may have a single row that serves all.
+        per_row = isinstance(x, Tensor) and x.shape[0] == batch.input_ids.shape[0]
         return x[rows.start :: rows.step] if per_row else x
 
     embedding = {key: take(value) for key, value in batch.embedding.items()}
-    return Batch(take(batch.input_ids), take(batch.labels), take(batch.attention_mask), embedding, batch.return_dict)
+    return replace(
+        batch, input_ids=take(batch.input_ids), labels=take(batch.labels), attention_mask=take(batch.attention_mask),
+        embedding=embedding, sentence_labels=take(batch.sentence_labels),
+    )  # fmt: skip
+
+
+def check_trainable(adapter: Adapter) -> None:
+    """Refuse a frozen encoder: there would be nothing to align and no cost to save."""
+    if not any(parameter.requires_grad for layer in adapter.layers for parameter in layer.parameters()):
+        raise ValueError(
+            "no parameter of the encoder's layers is trainable (requires_grad): token dropping saves work in training them. "
+            "Unfreeze layers, or train without sctd_ds"
+        )
 
 
 def convert(model: nn.Module, config: ScTDConfig | None = None) -> nn.Module:
-    """Teach `model` token dropping, in place: same object, same parameters, same state_dict keys.
+    """Teach `model` (or the model of a DeepSpeed engine) token dropping, in place: same object, parameters, state_dict keys.
 
     Training forwards (which need labels) then return the method's objective as their loss; `model.eval()` is the untouched
     model. Converting again replaces the configuration and keeps the importance table. Raises ValueError for a model
-    family without an adapter or with fewer than four layers.
+    family without an adapter, with fewer than four layers, or whose encoder is frozen.
     """
+    if hasattr(model, "_take_model_step"):  # an engine; it also needs our schedule and checkpoints
+        from sctd_ds.engine import attach
+
+        convert(model.module, config)
+        return attach(model)
     state = ScTD(model, config or ScTDConfig())
     previous: ScTD | None = getattr(model, _STATE, None)
     if previous is None and "forward" in vars(model):
@@ -177,6 +202,8 @@ def convert(model: nn.Module, config: ScTDConfig | None = None) -> nn.Module:
         state.importance.to(previous.importance.scores.device)
         state.importance.load_state_dict(previous.importance.state_dict())
     setattr(model, _STATE, state)
+    if previous is not None:  # its forward looks the state up; whoever wrapped that forward since keeps the wrapping
+        return model
     original = type(model).forward
 
     # A bound method, and no closure over `model`: a deep copy of the model is converted by itself.
@@ -187,19 +214,27 @@ def convert(model: nn.Module, config: ScTDConfig | None = None) -> nn.Module:
         from sctd_ds import objective
 
         state = state_of(self)
+        check_trainable(state.adapter)
         batch = state.adapter.batch(args, kwargs)
-        loss, state.parts = objective.compute(state, batch)
-        return state.adapter.output(loss, batch)
+        loss, state.parts, first = objective.compute(state, batch)
+        return state.adapter.output(loss, batch, first)
 
     # Pickle stores a bound method by name and would silently bring the class's own forward back; this name fails aloud.
-    forward.__name__ = "sctd_training_forward"
+    forward.__name__ = _FORWARD
     model.forward = types.MethodType(forward, model)
     return model
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo `convert`: the model trains as it did before, and the importance table is gone."""
+    """Undo `convert`: the model trains as it did before, and the importance table is gone.
+
+    Raises ValueError for a model that is not converted, that an engine of ours drives, or whose forward was wrapped since.
+    """
+    if hasattr(model, "_take_model_step"):
+        raise ValueError(f"{type(model).__name__} needs the method to step: build a new engine around sctd_ds.revert(model)")
     state_of(model)
+    if getattr(vars(model)["forward"], "__name__", None) != _FORWARD:
+        raise ValueError(f"{type(model).__name__}.forward was wrapped since the conversion: revert what wrapped it first")
     del model.forward
     delattr(model, _STATE)
     return model

@@ -170,9 +170,7 @@ def initialize(args: Any = None, model: torch.nn.Module | None = None, *rest: An
     if given is not None:
         raw, _ = read_json(given)
         check_top_level(raw, extra=("sctd", "pretrain"))
-        stage = raw.get("zero_optimization", {}).get("stage", 0)
-        if stage == 3:
-            raise ConfigError("zero_optimization.stage=3 is not supported by sctd_ds: use stage 2")
+        _refuse(raw.get("zero_optimization", {}).get("stage", 0), raw.get("sequence_parallel_size", 1))
     if model is None:
         raise ValueError("sctd_ds.initialize needs model=")
     block = sctd_config if sctd_config is not None else sctd_block(given)
@@ -184,13 +182,29 @@ def initialize(args: Any = None, model: torch.nn.Module | None = None, *rest: An
             "or pass sctd_config="
         )
     values = deepspeed.initialize(args, model, *rest, config=config, config_params=config_params, **kwargs)
-    engine = values[0]
-    if type(engine) not in ENGINES:
-        raise ValueError(f"{type(engine).__name__} is not supported; supported: {', '.join(e.__name__ for e in ENGINES)}")
-    # deepspeed.initialize chooses the class itself; the subclass adds no construction of its own.
-    engine.__class__ = ENGINES[type(engine)]
-    engine._attach()
+    attach(values[0])
     return values
+
+
+def attach(engine: Any) -> Any:
+    """Make a DeepSpeed engine around a converted model a ScTDEngine, in place; `initialize` and `convert` do it."""
+    if type(engine) not in ENGINES and type(engine) not in ENGINES.values():
+        raise ValueError(f"{type(engine).__name__} is not supported; supported: {', '.join(e.__name__ for e in ENGINES)}")
+    _refuse(engine.zero_optimization_stage(), engine.sequence_parallel_size)
+    # deepspeed.initialize chooses the class itself; the subclass adds no construction of its own.
+    engine.__class__ = ENGINES.get(type(engine), type(engine))
+    engine._attach()
+    return engine
+
+
+def _refuse(zero_stage: int, sequence_parallel_size: int) -> None:
+    if zero_stage == 3:
+        raise ConfigError("zero_optimization.stage=3 is not supported by sctd_ds: use stage 2")
+    if sequence_parallel_size > 1:
+        raise ConfigError(
+            f"sequence_parallel_size={sequence_parallel_size}: tokens are chosen from whole rows, which sequence parallelism "
+            "splits over ranks; use data parallelism"
+        )
 
 
 def random_state() -> dict[str, Any]:

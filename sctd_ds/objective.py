@@ -14,7 +14,7 @@ from sctd_ds.encoder import Pass, ScTD, Selection, take_rows
 
 @dataclass
 class Labelled:
-    """The labelled tokens of a micro-batch in M slots per row: positions [B, M] int32 and targets [B, M], unused slots ignored."""
+    """The labelled tokens of a micro-batch in M slots per row: positions [B, M] int32, targets [B, M], ignored where unused."""
 
     positions: Tensor
     slot: Tensor
@@ -25,19 +25,21 @@ class Labelled:
     """Bool: no row has more than M labels."""
 
 
-def compute(state: ScTD, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective of one micro-batch in the state's mode, and its detached parts.
+def compute(state: ScTD, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The objective of one micro-batch in the state's mode, its detached parts, and the first token's finished state [B, 1, d].
 
     Drop step: CE(dropped). Align step: 1/2 CE(dropped) + 1/2 CE(full) + kl_weight (KL_l + KL_{l-1}), each row by itself
-    when the schedule is "spread". Dense: CE(full). The dropped pass's token losses go to the importance table.
-    Parts: "loss", "ce_drop", "ce_full", "kl_last", "kl_previous" where the mode has them.
+    when the schedule is "spread". Dense: CE(full). The dropped pass's token losses go to the importance table. A model's
+    sentence-level loss is added once, with weight 1, from the dropped pass where there is one.
+    Parts: "loss", "ce_drop", "ce_full", "kl_last", "kl_previous", "ce_sentence" where the mode and the model have them.
     """
-    config, mode = state.config, state.mode
-    labelled = locate_labels(batch.labels, state.adapter.ignore_index, config.labels_per_row)
+    config, mode, adapter = state.config, state.mode, state.adapter
+    labelled = locate_labels(batch.labels, adapter.ignore_index, config.labels_per_row, adapter.vocabulary)
     dropped, full, selection, rows = state.passes(batch, mode)
     n = labelled.count
     parts: dict[str, Tensor] = {}
 
+    learned = dropped or full
     if dropped is None:
         assert full is not None
         loss = token_losses(state, full, labelled).sum() / n
@@ -68,19 +70,40 @@ def compute(state: ScTD, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
                 part_count = (part.targets != state.adapter.ignore_index).sum().clamp(min=1)
                 parts["ce_full"] = full_sum / part_count
             parts["kl_last"], parts["kl_previous"] = kl_last / len(rows), kl_previous / len(rows)
+    assert learned is not None
+    first = adapter.final_norm(learned.last[:, :1])
+    sentence = adapter.sentence_loss(first, batch)
+    if sentence is not None:
+        parts["ce_sentence"] = sentence
+        loss = loss + sentence
     loss = torch.where(labelled.fits, loss, torch.nan)
     parts["loss"] = loss
-    return loss, {name: value.detach().float() for name, value in parts.items()}
+    if batch.items is not None:
+        loss = loss * (n / batch.items)
+    return loss, {name: value.detach().float() for name, value in parts.items()}, first
 
 
-def locate_labels(labels: Tensor, ignore_index: int, slots: int | None) -> Labelled:
+def locate_labels(labels: Tensor, ignore_index: int, slots: int | None, vocabulary: int) -> Labelled:
     """Find the labelled tokens of [B, S] labels without waiting for the device, given the slots per row.
 
-    slots None: the largest count in the micro-batch, which is read back from the device.
+    slots None: the largest count in the micro-batch, which is read back from the device, and with it whether the labels
+    make sense: ValueError for ids outside the vocabulary, and where every token is labelled.
     """
     absent = labels == ignore_index
     counts = (~absent).sum(dim=1)
-    slots = min(slots or max(1, int(counts.max())), labels.shape[1])
+    if slots is None:
+        ids = labels.masked_fill(absent, 0)
+        slots, fewest, low, high = torch.stack([counts.max(), counts.min(), ids.min(), ids.max()]).tolist()
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"labels hold {low if low < 0 else high}, but ids go from 0 to {vocabulary - 1} and this model ignores "
+                f"{ignore_index}: put {ignore_index} where nothing is predicted"
+            )
+        if fewest == labels.shape[1]:
+            raise ValueError(
+                f"every token has a label: this model ignores the label {ignore_index}, so put it where nothing is predicted"
+            )
+    slots = min(max(1, slots), labels.shape[1])
     # A stable sort of one bit brings labelled positions to the front, in order.
     order = torch.sort(absent.to(torch.uint8), dim=1, stable=True).indices
     positions = order[:, :slots]
@@ -98,7 +121,7 @@ def locate_labels(labels: Tensor, ignore_index: int, slots: int | None) -> Label
 def token_losses(state: ScTD, states: Pass, labelled: Labelled) -> Tensor:
     """Cross-entropy of each labelled slot, [B, M]; 0 in unused slots. The head runs on these rows only."""
     rows = sctd_kernels.gather_tokens(states.last, labelled.positions, labelled.slot)
-    logits = state.adapter.head(rows).flatten(0, 1)
+    logits = state.adapter.head(state.adapter.final_norm(rows)).flatten(0, 1)
     losses = sctd_kernels.token_cross_entropy(logits, labelled.targets.flatten(), state.adapter.ignore_index)
     return losses.view(labelled.targets.shape)
 
@@ -108,26 +131,27 @@ def align(state: ScTD, student: Pass, teacher: Pass, selection: Selection, mask:
 
     align_on "cls": of the first state. "mean": of the mean over the positions that the dropped pass has at that layer
     (all at l, the kept ones at l-1), padding left out. "kept": the mean over the kept positions of their KLs.
+    A pre-LN encoder's states are compared as its final LayerNorm leaves them, at both layers.
     """
-    kept, slot = selection.kept, selection.slot
+    kept, slot, norm = selection.kept, selection.slot, state.adapter.final_norm
 
     def at_kept(x: Tensor) -> Tensor:
         return sctd_kernels.gather_tokens(x, kept, slot)
 
     on = state.config.align_on
     if on == "cls":
-        pairs = [(teacher.last[:, 0], student.last[:, 0]), (teacher.previous[:, 0], student.previous[:, 0])]
-        return _kl(state, *pairs[0]), _kl(state, *pairs[1])
+        last = _kl(state, norm(teacher.last[:, 0]), norm(student.last[:, 0]))
+        return last, _kl(state, norm(teacher.previous[:, 0]), norm(student.previous[:, 0]))
     if on == "mean":
-        last = _kl(state, _mean(teacher.last, mask), _mean(student.last, mask))
-        previous = _kl(state, _mean(at_kept(teacher.previous), selection.mask), _mean(student.previous, selection.mask))
-        return last, previous
+        last = _kl(state, _mean(norm(teacher.last), mask), _mean(norm(student.last), mask))
+        kept_mask, full = selection.mask, norm(at_kept(teacher.previous))
+        return last, _kl(state, _mean(full, kept_mask), _mean(norm(student.previous), kept_mask))
     per_layer = []
     for full, dropped in (
         (at_kept(teacher.last), at_kept(student.last)),
         (at_kept(teacher.previous), student.previous),
     ):
-        kl = _kl(state, full.flatten(0, 1), dropped.flatten(0, 1)).view(kept.shape)
+        kl = _kl(state, norm(full).flatten(0, 1), norm(dropped).flatten(0, 1)).view(kept.shape)
         per_layer.append(_mean(kl[..., None], selection.mask).squeeze(-1))
     return per_layer[0], per_layer[1]
 

@@ -40,7 +40,8 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
     with torch.random.fork_rng(enabled=True):  # the random policy draws; training must not notice
         for raw in batches:
             batch = state.adapter.batch((), {key: value.to(device) for key, value in raw.items()})
-            labelled = locate_labels(batch.labels, state.adapter.ignore_index, state.config.labels_per_row)
+            adapter = state.adapter
+            labelled = locate_labels(batch.labels, adapter.ignore_index, state.config.labels_per_row, adapter.vocabulary)
             prefix = state.encoder.prefix(batch)
             full = state.encoder.full_suffix(prefix, batch.attention_mask)
             sums["rows"] += len(batch.input_ids)
@@ -53,6 +54,7 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
                 ("last", full.last[:, 0], dropped.last[:, 0]),
                 ("previous", full.previous[:, 0], dropped.previous[:, 0]),
             ):
+                teacher, student = adapter.final_norm(teacher), adapter.final_norm(student)
                 add(**{
                     f"kl_{name}": sctd_kernels.softmax_kl(teacher, student).sum(),
                     f"cosine_{name}": F.cosine_similarity(teacher.float(), student.float()).sum(),
