@@ -15,6 +15,7 @@ from typing import Any
 import sctd_kernels
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sctd_ds.adapters import Adapter, Batch, find_adapter
 from sctd_ds.config import ScTDConfig
@@ -77,21 +78,25 @@ class Encoder:
             previous, x = x, self._run(i, x, x, mask)
         return Pass(x, previous)
 
-    def dropped_suffix(self, x: Tensor, mask: Tensor | None, selection: Selection) -> Pass:
-        """The remaining layers, the middle ones on the kept tokens. x: [B, S, d] from `prefix`; mask: [B, S] or None."""
+    def dropped_suffix(self, x: Tensor, mask: Tensor | None, selection: Selection, recompute: bool = False) -> Pass:
+        """The remaining layers, the middle ones on the kept tokens. x: [B, S, d] from `prefix`; mask: [B, S] or None.
+
+        recompute: keep these layers' inputs only, and run them again in the backward pass.
+        """
         assert self.plan is not None
         kept, slot = selection.kept, selection.slot
+        run = functools.partial(self._run, recompute=recompute)
         if self.adapter.black_box:
-            y = sctd_kernels.gather_tokens(self._run(self.plan.cross, x, x, mask), kept, slot)
+            y = sctd_kernels.gather_tokens(run(self.plan.cross, x, x, mask), kept, slot)
         else:
-            y = self._run(self.plan.cross, sctd_kernels.gather_tokens(x, kept, slot), x, mask, kept)
+            y = run(self.plan.cross, sctd_kernels.gather_tokens(x, kept, slot), x, mask, kept)
         for i in self.plan.kept:
-            y = self._run(i, y, y, selection.mask, kept, kept)
+            y = run(i, y, y, selection.mask, kept, kept)
         merged = sctd_kernels.merge_tokens(x, y, kept, slot)
-        return Pass(self._run(self.plan.last, merged, merged, mask), y)
+        return Pass(run(self.plan.last, merged, merged, mask), y)
 
-    def _run(self, index: int, queries: Tensor, context: Tensor, mask: Tensor | None,
-             query_at: Tensor | None = None, context_at: Tensor | None = None) -> Tensor:  # fmt: skip
+    def _run(self, index: int, queries: Tensor, context: Tensor, mask: Tensor | None, query_at: Tensor | None = None,
+             context_at: Tensor | None = None, recompute: bool = False) -> Tensor:  # fmt: skip
         layer: Any = self.adapter.layers[index]
         attend = None if mask is None else mask.bool()[:, None, None, :]
         places = (query_at, context_at) if self.adapter.positional else ()
@@ -100,6 +105,8 @@ class Encoder:
         if getattr(layer, "gradient_checkpointing", False):
             # The function is set by gradient_checkpointing_enable; a selection travels in as data, so it is never made twice.
             return layer._gradient_checkpointing_func(self._layer, layer, queries, context, attend, *places)
+        if recompute:
+            return checkpoint(self._layer, layer, queries, context, attend, *places, use_reentrant=False)
         return self._layer(layer, queries, context, attend, *places)
 
 
@@ -141,7 +148,8 @@ class ScTD:
         if mode == "dense":
             return None, encoder.full_suffix(prefix, mask), None, rows
         selection = self.select(batch)
-        dropped = encoder.dropped_suffix(prefix, mask, selection)
+        recompute = mode == "align" and self.config.recompute_align
+        dropped = encoder.dropped_suffix(prefix, mask, selection, recompute)
         if mode == "drop":
             return dropped, None, selection, range(0)
         chosen = aligned_rows(self.config, self.step, len(rows))

@@ -53,6 +53,37 @@ def test_compiled_layers_share_three_graphs_and_agree_with_plain_ones():
     assert not counters["graph_break"]
 
 
+def kept_for_backward(x, mode):
+    """Bytes of distinct storages that a training forward keeps for its backward, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in x.parameters()}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = (storage.nbytes(), tensor)  # holding the tensor keeps its address its own
+        return tensor
+
+    sctd_ds.set_mode(x, mode)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = x(**batch()).loss
+    return loss, sum(size for size, _ in sizes.values())
+
+
+def test_recomputing_align_steps_fit_where_dense_steps_do():
+    x, y = model(layers=12), model(layers=12, recompute_align=True)
+    y.load_state_dict(x.state_dict())
+    _, dense = kept_for_backward(x, "dense")
+    plain_loss, plain = kept_for_backward(x, "align")
+    loss, recomputed = kept_for_backward(y, "align")
+    assert plain > 1.2 * dense and recomputed < 1.1 * dense
+    plain_loss.backward()
+    loss.backward()
+    assert torch.equal(plain_loss, loss)
+    for (name, p), q in zip(x.named_parameters(), y.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
 def test_random_policy_keeps_pinned_ids_and_different_positions_each_time():
     x = model(importance="random")
     data = batch()
