@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sctd_ds.encoder import state_of
+from sctd_ds.adapters import Batch
+from sctd_ds.encoder import Pass, ScTD, state_of
 from sctd_ds.objective import locate_labels, token_losses
 
 
@@ -31,36 +32,49 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
         names += ["loss_drop", "kl_last", "kl_previous", "cosine_last", "cosine_previous"]
     sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
-    def add(**values: Tensor) -> None:
-        for name, value in values.items():
+    def visit(batch: Batch, full: Pass, dropped: Pass | None) -> None:
+        for name, value in _measure(state, batch, full, dropped).items():
             sums[name] += value.double()
 
-    training = model.training
-    model.eval()
-    with torch.random.fork_rng(enabled=True):  # the random policy draws; training must not notice
-        for raw in batches:
-            batch = state.adapter.batch((), {key: value.to(device) for key, value in raw.items()})
-            adapter = state.adapter
-            labelled = locate_labels(batch.labels, adapter.ignore_index, state.config.labels_per_row, adapter.vocabulary)
-            prefix = state.encoder.prefix(batch)
-            full = state.encoder.full_suffix(prefix, batch.attention_mask)
-            sums["rows"] += len(batch.input_ids)
-            add(loss_full=token_losses(state, full, labelled).sum(), labels=labelled.count)
-            if state.encoder.plan is None:
-                continue
-            dropped = state.encoder.dropped_suffix(prefix, batch.attention_mask, state.select(batch))
-            add(loss_drop=token_losses(state, dropped, labelled).sum())
-            for name, teacher, student in (
-                ("last", full.last[:, 0], dropped.last[:, 0]),
-                ("previous", full.previous[:, 0], dropped.previous[:, 0]),
-            ):
-                teacher, student = adapter.final_norm(teacher), adapter.final_norm(student)
-                add(**{
-                    f"kl_{name}": sctd_kernels.softmax_kl(teacher, student).sum(),
-                    f"cosine_{name}": F.cosine_similarity(teacher.float(), student.float()).sum(),
-                })  # fmt: skip
-    model.train(training)
+    # The random policy draws numbers; training must not notice.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if hasattr(engine_or_model, "evaluate"):  # a pipeline's stages work together
+            engine_or_model.evaluate(batches, visit)
+        else:
+            training = model.training
+            model.eval()
+            for raw in batches:
+                batch = state.adapter.batch((), {key: value.to(device) for key, value in raw.items()})
+                prefix = state.encoder.prefix(batch)
+                full = state.encoder.full_suffix(prefix, batch.attention_mask)
+                dropped = None
+                if state.encoder.plan is not None:
+                    dropped = state.encoder.dropped_suffix(prefix, batch.attention_mask, state.select(batch))
+                visit(batch, full, dropped)
+            model.train(training)
     return _means(sums)
+
+
+def _measure(state: ScTD, batch: Batch, full: Pass, dropped: Pass | None) -> dict[str, Tensor]:
+    """Sums over one micro-batch."""
+    adapter = state.adapter
+    labelled = locate_labels(batch.labels, adapter.ignore_index, state.config.labels_per_row, adapter.vocabulary)
+    sums = {
+        "labels": labelled.count,
+        "rows": torch.full_like(labelled.count, len(batch.input_ids)),
+        "loss_full": token_losses(state, full, labelled).sum(),
+    }
+    if dropped is None:
+        return sums
+    sums["loss_drop"] = token_losses(state, dropped, labelled).sum()
+    for name, teacher, student in (
+        ("last", full.last[:, 0], dropped.last[:, 0]),
+        ("previous", full.previous[:, 0], dropped.previous[:, 0]),
+    ):
+        teacher, student = adapter.final_norm(teacher), adapter.final_norm(student)
+        sums[f"kl_{name}"] = sctd_kernels.softmax_kl(teacher, student).sum()
+        sums[f"cosine_{name}"] = F.cosine_similarity(teacher.float(), student.float()).sum()
+    return sums
 
 
 def _means(sums: dict[str, Tensor]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import sctd_ds
 from sctd_ds.engine import NonFiniteLossError
+from sctd_ds.huggingface import full_precision_state
 
 STEPS, BATCH, LENGTH, VOCABULARY = 7, 8, 16, 64
 
@@ -100,6 +101,17 @@ def overflow(engine):
     return {**result, "applied_after": engine.applied_steps}
 
 
+def master_weights(engine):
+    """What an export gets out of a bf16 run: the optimizer's fp32 weights, of which the model's are the rounding."""
+    train(engine, 2)
+    state, model = full_precision_state(engine), engine.module.state_dict()
+    return {
+        "fp32": all(value.dtype == torch.float32 for value in state.values()),
+        "rounds_to_the_model": all(torch.equal(state[name].bfloat16(), model[name]) for name in model),
+        "finer_than_the_model": any(not torch.equal(state[name], model[name].float()) for name in model),
+    }
+
+
 def poisoned(engine):
     """A NaN in one weight's gradient path on the last rank only: every rank must stop before its weights change."""
     batches = micro_batches(engine, dist.get_world_size(), dist.get_rank())
@@ -132,6 +144,7 @@ def main():
     results["bf16"] = train(make(world, bf16=True))
     results["by_hand"] = by_hand(make(world))
     results["overflow"] = overflow(make(world))
+    results["master_weights"] = master_weights(make(world, bf16=True))
     results["poisoned"] = poisoned(make(world))
     engine = make(world)
     train(engine, 4)

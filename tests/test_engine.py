@@ -90,6 +90,11 @@ def test_checkpoint_restores_table_schedule_and_client_state(results, rank):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("rank", RANKS)
+def test_export_takes_the_fp32_weights_of_a_16_bit_run(results, rank):
+    assert results[rank]["master_weights"] == {"fp32": True, "rounds_to_the_model": True, "finer_than_the_model": True}
+
+
 def test_export_is_a_plain_hugging_face_model(results):
     from transformers import AutoModelForMaskedLM
 

@@ -252,6 +252,23 @@ def test_nan_loss_stops_with_step_and_samples(mini, monkeypatch, capsys, caplog)
     assert sorted(p.name for p in (mini.folder / "run" / "checkpoints").glob("step_*")) == ["step_00000001", "step_00000002"]
 
 
+def test_loss_scale_at_its_minimum_is_explained(mini, monkeypatch, capsys):
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    def exhausted(self, lr_kwargs):
+        raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+
+    monkeypatch.setattr(DeepSpeedEngine, "_take_model_step", exhausted)
+    assert mini(pretrain=FEW) == 3
+    assert re.search(r"step 1: the fp16 loss scale is at its minimum.*Use bf16", capsys.readouterr().err)
+
+
+def test_a_lost_launcher_means_save_and_stop(mini, monkeypatch):
+    monkeypatch.setattr(os, "getppid", iter([1, 1, 2, 2, 2]).__next__)
+    assert mini(pretrain={**FEW, "save_every": 0}) == 143
+    assert [p.name for p in (mini.folder / "run" / "checkpoints").glob("step_*")] == ["step_00000002"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
