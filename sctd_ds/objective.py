@@ -25,17 +25,26 @@ class Labelled:
     """Bool: no row has more than M labels."""
 
 
+PARTS = ("ce_drop", "ce_full", "kl_last", "kl_previous", "ce_sentence", "loss")
+"""Names of the objective's parts, see `evaluate`."""
+
+
 def compute(state: ScTD, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The objective of one micro-batch in the state's mode, its detached parts, and the first token's finished state [B, 1, d].
+    """The objective of one micro-batch in the state's mode; returns what `evaluate` does."""
+    return evaluate(state, batch, *state.passes(batch, state.mode))
+
+
+def evaluate(state: ScTD, batch: Batch, dropped: Pass | None, full: Pass | None, selection: Selection | None,
+             rows: range) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # fmt: skip
+    """The objective given the passes (see `ScTD.passes`), its detached parts, and the first token's finished state [B, 1, d].
 
     Drop step: CE(dropped). Align step: 1/2 CE(dropped) + 1/2 CE(full) + kl_weight (KL_l + KL_{l-1}), each row by itself
     when the schedule is "spread". Dense: CE(full). The dropped pass's token losses go to the importance table. A model's
     sentence-level loss is added once, with weight 1, from the dropped pass where there is one.
-    Parts: "loss", "ce_drop", "ce_full", "kl_last", "kl_previous", "ce_sentence" where the mode and the model have them.
+    Of the parts, those in PARTS that the mode and the model have.
     """
-    config, mode, adapter = state.config, state.mode, state.adapter
+    config, adapter = state.config, state.adapter
     labelled = locate_labels(batch.labels, adapter.ignore_index, config.labels_per_row, adapter.vocabulary)
-    dropped, full, selection, rows = state.passes(batch, mode)
     n = labelled.count
     parts: dict[str, Tensor] = {}
 
@@ -79,7 +88,7 @@ def compute(state: ScTD, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tenso
     loss = torch.where(labelled.fits, loss, torch.nan)
     parts["loss"] = loss
     if batch.items is not None:
-        loss = loss * (n / batch.items)
+        loss = loss * n / batch.items
     return loss, {name: value.detach().float() for name, value in parts.items()}, first
 
 
