@@ -77,6 +77,7 @@ VARIANTS = (
     Variant("drop", "drop"),
     Variant(ALIGN, "align"),
     Variant(SEPARATE, "align", {"shared_prefix": False}),
+    Variant("align, recomputed", "align", {"recompute_align": True}),
     Variant("spread", "align", {"align_schedule": "spread"}),
 )
 
