@@ -68,14 +68,14 @@ class Encoder:
         """Embedding and the layers before the cross layer, on all tokens: [B, S, d]."""
         x = self.adapter.embed(batch)
         for i in self.plan.full if self.plan else ():
-            x = self._run(i, x, x, batch.attention_mask)
+            x = self.run_layer(i, x, x, batch.attention_mask)
         return x
 
     def full_suffix(self, x: Tensor, mask: Tensor | None) -> Pass:
         """The remaining layers on all tokens. x: [B, S, d] from `prefix`; mask: [B, S] or None."""
         previous = x
         for i in range(self.plan.cross if self.plan else 0, len(self.adapter.layers)):
-            previous, x = x, self._run(i, x, x, mask)
+            previous, x = x, self.run_layer(i, x, x, mask)
         return Pass(x, previous)
 
     def dropped_suffix(self, x: Tensor, mask: Tensor | None, selection: Selection, recompute: bool = False) -> Pass:
@@ -85,7 +85,7 @@ class Encoder:
         """
         assert self.plan is not None
         kept, slot = selection.kept, selection.slot
-        run = functools.partial(self._run, recompute=recompute)
+        run = functools.partial(self.run_layer, recompute=recompute)
         if self.adapter.black_box:
             y = sctd_kernels.gather_tokens(run(self.plan.cross, x, x, mask), kept, slot)
         else:
@@ -95,8 +95,12 @@ class Encoder:
         merged = sctd_kernels.merge_tokens(x, y, kept, slot)
         return Pass(run(self.plan.last, merged, merged, mask), y)
 
-    def _run(self, index: int, queries: Tensor, context: Tensor, mask: Tensor | None, query_at: Tensor | None = None,
-             context_at: Tensor | None = None, recompute: bool = False) -> Tensor:  # fmt: skip
+    def run_layer(self, index: int, queries: Tensor, context: Tensor, mask: Tensor | None, query_at: Tensor | None = None,
+                  context_at: Tensor | None = None, recompute: bool = False) -> Tensor:  # fmt: skip
+        """Layer `index`: queries [B, Q, d] attend to context [B, C, d]; mask [B, C] or None.
+
+        query_at, context_at: where in the row these tokens stand, [B, Q] and [B, C], for layers that depend on it.
+        """
         layer: Any = self.adapter.layers[index]
         attend = None if mask is None else mask.bool()[:, None, None, :]
         places = (query_at, context_at) if self.adapter.positional else ()

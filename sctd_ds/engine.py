@@ -2,7 +2,8 @@
 
 Nothing of DeepSpeed is edited. `deepspeed.initialize` builds its engine; that object then becomes a ScTDEngine, which
 extends four methods: forward (choose the step's mode), _take_model_step (check the loss on all ranks, apply, sync the
-importance table), save_checkpoint and load_checkpoint (the table, and every rank's random state).
+importance table), save_checkpoint and load_checkpoint (the table, and every rank's random state). All but the first are
+shared with the pipeline's engine, in StepLogic.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from sctd_ds.config import ConfigError, ScTDConfig, check_top_level, read_json, sctd_block
 from sctd_ds.encoder import ScTD, convert, set_mode, state_of
+from sctd_ds.objective import PARTS
 from sctd_ds.schedule import Mode, step_mode
 
 logger = logging.getLogger(__name__)
@@ -42,8 +44,8 @@ class NonFiniteLossError(TrainingError):
         super().__init__(f"step {step}: the loss is not finite {where}; the weights are those of step {step - 1}")
 
 
-class ScTDEngine(DeepSpeedEngine):
-    """DeepSpeed's data-parallel engine (ZeRO 0, 1, 2) with the method's schedule, importance table and checkpoints."""
+class StepLogic:
+    """What a step, an importance table and a checkpoint need of any DeepSpeed engine: mixed in before the engine's class."""
 
     def _attach(self) -> None:
         self.sctd: ScTD = state_of(self.module)
@@ -67,24 +69,15 @@ class ScTDEngine(DeepSpeedEngine):
         """What the step being computed does."""
         return self.forced_mode or step_mode(self.sctd.config, self.applied_steps + 1)
 
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        if not self.module.training:
-            return super().forward(*inputs, **kwargs)
-        set_mode(self.module, self.step_mode, self.applied_steps + 1)
-        output = super().forward(*inputs, **kwargs)
-        for name, value in self.sctd.parts.items():
+    def _group(self) -> dist.ProcessGroup | None:
+        """The ranks that agree on a step and share the table; None: all."""
+        return None
+
+    def _collect(self, parts: Mapping[str, Tensor]) -> None:
+        """Add the parts of one micro-batch's objective to the step's."""
+        for name, value in parts.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._forwards += 1
-        return output
-
-    def train_batch(self, batches: Iterator[Mapping[str, Tensor]]) -> float:
-        """One optimizer step over the next `gradient_accumulation_steps` micro-batches; returns the mean loss of all ranks."""
-        for _ in range(self.gradient_accumulation_steps()):
-            batch = {key: value.to(self.device, non_blocking=True) for key, value in next(batches).items()}
-            loss = self(**batch).loss
-            self.backward(loss)
-            self.step()
-        return self.step_parts["loss"]
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         self._agree()
@@ -98,29 +91,32 @@ class ScTDEngine(DeepSpeedEngine):
                 "Use bf16, a smaller learning rate, a longer warmup or gradient_clipping=1.0; the last checkpoint is intact"
             ) from error
         if self._step_applied:
-            self.sctd.importance.update(self.seq_data_parallel_group)
+            self.sctd.importance.update(self._group())
         else:
             self.sctd.importance.discard()
 
     def _agree(self) -> None:
         """Before the update, with one small all-reduce and one read-back: is every loss finite, does any rank want to stop?
 
-        A NaN or an infinity survives the sum over ranks, so all ranks see it and all raise.
+        A NaN or an infinity survives the sum over ranks, so all ranks see it and all raise. Ranks that compute no loss (all
+        but a pipeline's last stage) count for nothing in the means.
         """
-        names, values = list(self._sums), list(self._sums.values())
-        stop = torch.full((), float(self.stop_requested), device=self.device)
-        local = torch.stack([*(value / self._forwards for value in values), stop])
+        known, zero = [name in self._sums for name in PARTS], torch.zeros((), device=self.device)
+        means = [self._sums[name] / self._forwards if name in self._sums else zero for name in PARTS]
+        flags = torch.tensor([*known, self.stop_requested], dtype=torch.float32, device=self.device)
+        local = torch.cat([torch.stack(means), flags])
         self._sums, self._forwards = {}, 0
-        world = dist.get_world_size(self.seq_data_parallel_group)
         total = local.clone()
-        if world > 1:
-            dist.all_reduce(total, group=self.seq_data_parallel_group)
-        mine, everyone = torch.stack([local, total / world]).tolist()
+        if dist.get_world_size(self._group()) > 1:
+            dist.all_reduce(total, group=self._group())
+        mine, everyone = torch.stack([local, total]).tolist()
+        n = len(PARTS)
         self.stop_agreed = everyone[-1] > 0
-        self.step_parts = dict(zip(names, everyone, strict=False))
+        counts = everyone[n : 2 * n]
+        self.step_parts = {name: x / c for name, x, c in zip(PARTS, everyone[:n], counts, strict=True) if c}
         if not math.isfinite(self.step_parts.get("loss", 0.0)):
             self.sctd.importance.discard()
-            here = [name for name, value in zip(names, mine, strict=False) if not math.isfinite(value)]
+            here = [name for name, value in zip(PARTS, mine[:n], strict=True) if not math.isfinite(value)]
             raise NonFiniteLossError(self.applied_steps + 1, here)
 
     def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True, exclude_frozen_parameters=False):
@@ -151,6 +147,30 @@ class ScTDEngine(DeepSpeedEngine):
         else:
             logger.warning("%s is missing (another number of ranks?): dropout continues from a new random state", file)
         return path, client
+
+
+class ScTDEngine(StepLogic, DeepSpeedEngine):
+    """DeepSpeed's data-parallel engine (ZeRO 0, 1, 2) with the method's schedule, importance table and checkpoints."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if not self.module.training:
+            return super().forward(*inputs, **kwargs)
+        set_mode(self.module, self.step_mode, self.applied_steps + 1)
+        output = super().forward(*inputs, **kwargs)
+        self._collect(self.sctd.parts)
+        return output
+
+    def train_batch(self, batches: Iterator[Mapping[str, Tensor]]) -> float:
+        """One optimizer step over the next `gradient_accumulation_steps` micro-batches; returns the mean loss of all ranks."""
+        for _ in range(self.gradient_accumulation_steps()):
+            batch = {key: value.to(self.device, non_blocking=True) for key, value in next(batches).items()}
+            loss = self(**batch).loss
+            self.backward(loss)
+            self.step()
+        return self.step_parts["loss"]
+
+    def _group(self) -> dist.ProcessGroup | None:
+        return self.seq_data_parallel_group
 
 
 ENGINES: dict[type, type] = {DeepSpeedEngine: ScTDEngine}

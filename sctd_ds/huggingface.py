@@ -18,7 +18,7 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
     whole or not at all, and replaces one of the same name.
     """
     folder = Path(folder)
-    model: Any = getattr(engine_or_model, "module", engine_or_model)
+    model = _plain(engine_or_model)
     weights = full_precision_state(engine_or_model)
     if not dist.is_initialized() or dist.get_rank() == 0:
         # A fresh module of the plain class: no instance state of ours, and a config whose dtype is that of the weights.
@@ -41,13 +41,25 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
 
 
 def full_precision_state(engine_or_model: Any) -> dict[str, torch.Tensor]:
-    """The state_dict in fp32 on the CPU: from the optimizer's master weights where there are any. Collective on an engine."""
-    model: nn.Module = getattr(engine_or_model, "module", engine_or_model)
-    state = {name: value.detach() for name, value in model.state_dict().items()}
+    """The state_dict in fp32 on the CPU: from the optimizer's master weights where there are any. Collective on an engine.
+
+    A pipeline's is complete on rank 0; elsewhere it may hold the rank's own share.
+    """
+    model = _plain(engine_or_model)
+    # A pipeline's rank has released the weights of other stages.
+    state = {name: value.detach() for name, value in model.state_dict().items() if not value.is_meta}
     if hasattr(engine_or_model, "module"):
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if hasattr(parameter, "_hp_mapping"):
                 state[name] = safe_get_full_fp32_param(parameter)
-    return {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in state.items()}
+    state = {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in state.items()}
+    gather = getattr(engine_or_model, "gather_state", None)
+    return gather(state) if gather else state
+
+
+def _plain(engine_or_model: Any) -> Any:
+    """The Hugging Face model inside an engine, a pipeline, or neither."""
+    model: nn.Module = getattr(engine_or_model, "module", engine_or_model)
+    return getattr(model, "plain_model", model)

@@ -84,7 +84,12 @@ class Shape:
 
 
 def sequence_flops(shape: Shape, config: ScTDConfig, mode: Mode, head_rows: int | None = None) -> float:
-    """Floating-point operations of one sequence, forward and backward (twice the forward).
+    """Floating-point operations of one sequence, forward and backward; see `part_flops`."""
+    return sum(part_flops(shape, config, mode, head_rows))
+
+
+def part_flops(shape: Shape, config: ScTDConfig, mode: Mode, head_rows: int | None = None) -> list[float]:
+    """Operations of one sequence in each encoder layer and, last, in the head, forward and backward (twice the forward).
 
     A product of [m, k] and [k, n] counts 2mkn; attention counts 4 * queries * keys * hidden; normalisation, activation and
     softmax count nothing. head_rows: rows the output head runs on (default: the labelled ones). An "align" sequence with
@@ -98,16 +103,18 @@ def sequence_flops(shape: Shape, config: ScTDConfig, mode: Mode, head_rows: int 
 
     rows = shape.labels if head_rows is None else head_rows
     head = 2 * rows * d * (d + shape.vocabulary)
+    full = [layer(s, s)] * shape.layers
     if mode == "dense":
-        return 3 * (shape.layers * layer(s, s) + head)
+        return [3 * flops for flops in (*full, head)]
     plan = LayerPlan(shape.layers)
-    prefix = len(plan.full) * layer(s, s)
-    dropped = layer(k, s) + len(plan.kept) * layer(k, k) + layer(s, s) + head
-    full = (shape.layers - len(plan.full)) * layer(s, s) + (0 if config.objective == "released" else head)
+    dropped = [*full[: plan.cross], layer(k, s), *[layer(k, k)] * len(plan.kept), layer(s, s), head]
     if mode == "drop":
-        return 3 * (prefix + dropped)
+        return [3 * flops for flops in dropped]
     share = 1 / config.interval if config.align_schedule == "spread" else 1
-    return 3 * (prefix + dropped + share * (full + (0 if config.shared_prefix else prefix)))
+    if config.shared_prefix:
+        full[: plan.cross] = [0] * plan.cross
+    full.append(0 if config.objective == "released" else head)
+    return [3 * (a + share * b) for a, b in zip(dropped, full, strict=True)]
 
 
 def align_share(config: ScTDConfig) -> float:

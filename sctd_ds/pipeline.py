@@ -1,0 +1,386 @@
+"""The same model over pipeline stages: DeepSpeed's PipelineModule and PipelineEngine with the method inside.
+
+A stage owns some of the model's own layers; the layer plan that the data-parallel path follows says what each does. Stages
+exchange one packed tensor, [B + R, S, d]: B rows of the dropped pass and, behind the place where the two passes part, R rows
+of the full pass, so an align step costs one send and one backward per micro-batch, and the shared prefix runs once. Behind
+the cross layer a row of the dropped pass holds the kept tokens' states at their positions, and at the others the states of
+the last full layer, which wait there for the last layer. The selection is made on the first stage and travels beside it as
+integers. Every rank reads its pipeline's micro-batches itself, so ids, labels and padding masks never travel.
+
+Legend: B rows, S tokens, K kept tokens, R rows of the full pass, d hidden size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sctd_kernels
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe import schedule as pipe_schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor, nn
+
+from sctd_ds.adapters import Batch
+from sctd_ds.adapters.huggingface import BertAdapter
+from sctd_ds.config import ConfigError, ScTDConfig
+from sctd_ds.encoder import Pass, ScTD, Selection, convert, set_mode, state_of, take_rows
+from sctd_ds.engine import ENGINES, StepLogic
+from sctd_ds.objective import evaluate
+from sctd_ds.schedule import MODES, Mode, Shape, aligned_rows, kept_tokens, mean_cost, part_flops
+
+Visit = Callable[[Batch, Pass, Pass | None], None]
+
+
+@dataclass
+class Streams:
+    """One micro-batch between two layers. What a pass does not have (yet) is None."""
+
+    batch: Batch
+    rows: range
+    """Rows that the full pass runs on."""
+    selection: Selection | None = None
+    """None: there is no dropped pass."""
+    x: Tensor | None = None
+    """Dropped pass, all tokens [B, S, d]; behind the cross layer only the dropped ones are still read."""
+    y: Tensor | None = None
+    """Dropped pass, kept tokens [B, K, d], from the cross layer on."""
+    full: Tensor | None = None
+    """Full pass [R, S, d], from where the passes part."""
+    dropped_pass: Pass | None = None
+    full_pass: Pass | None = None
+    """Results of the last layer."""
+
+
+class Embedding(nn.Module):
+    """First layer: selects the kept tokens and embeds."""
+
+    def __init__(self, state: ScTD, module: nn.Module) -> None:
+        super().__init__()
+        self.state, self.module = state, module
+
+    def forward(self, streams: Streams) -> Streams:
+        adapter, batch, mode = self.state.adapter, streams.batch, self.state.mode
+        embedded = adapter.embed(batch)
+        if mode == "dense":
+            streams.full = embedded
+            return streams
+        streams.selection, streams.x = self.state.select(batch), embedded
+        if not self.state.config.shared_prefix and len(streams.rows):
+            streams.full = adapter.embed(take_rows(batch, streams.rows))
+        return streams
+
+
+class EncoderLayer(nn.Module):
+    """One of the model's layers, applied to both passes as the layer plan has it."""
+
+    def __init__(self, state: ScTD, index: int) -> None:
+        super().__init__()
+        self.state, self.index = state, index
+        self.module = state.adapter.layers[index]
+
+    def forward(self, streams: Streams) -> Streams:
+        i, encoder, rows, selection = self.index, self.state.encoder, streams.rows, streams.selection
+        plan, mask = encoder.plan, streams.batch.attention_mask
+        if selection is not None and i == plan.cross and len(rows) and streams.full is None:
+            streams.full = streams.x[rows.start :: rows.step]
+        if streams.full is not None:
+            before, row_mask = streams.full, take_rows(streams.batch, rows).attention_mask
+            streams.full = encoder.run_layer(i, before, before, row_mask)
+            if i == len(encoder.adapter.layers) - 1:
+                streams.full_pass = Pass(streams.full, before)
+        if selection is None:
+            return streams
+        kept, slot, x, y = selection.kept, selection.slot, streams.x, streams.y
+        recompute = i >= plan.cross and self.state.mode == "align" and self.state.config.recompute_align
+        if i in plan.full:
+            streams.x = encoder.run_layer(i, x, x, mask)
+        elif i == plan.cross:
+            streams.y = encoder.run_layer(i, sctd_kernels.gather_tokens(x, kept, slot), x, mask, recompute=recompute)
+        elif i in plan.kept:
+            streams.y = encoder.run_layer(i, y, y, selection.mask, recompute=recompute)
+        else:
+            merged = sctd_kernels.merge_tokens(x, y, kept, slot)
+            streams.dropped_pass = Pass(encoder.run_layer(i, merged, merged, mask, recompute=recompute), y)
+        return streams
+
+
+class Head(nn.Module):
+    """Last layer: the objective, or in evaluation whatever `visit` makes of the passes. Owns the output head."""
+
+    def __init__(self, state: ScTD, module: nn.Module) -> None:
+        super().__init__()
+        self.state, self.module = state, module
+        self.visit: Visit | None = None
+        self.collect: Callable[[Mapping[str, Tensor]], None] = lambda parts: None
+
+    def forward(self, streams: Streams) -> Tensor:
+        batch, dropped, full = streams.batch, streams.dropped_pass, streams.full_pass
+        if self.visit is not None:
+            self.visit(batch, full, dropped)
+            return torch.zeros((), device=batch.input_ids.device)
+        loss, self.state.parts, _ = evaluate(self.state, batch, dropped, full, streams.selection, streams.rows)
+        self.collect(self.state.parts)
+        return loss
+
+
+class Tied(nn.Module):
+    """Declares a weight as shared between the first and the last stage; it takes no part in the forward pass."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class Pipeline(PipelineModule):
+    """A converted BERT whose layers are spread over stages. `sctd_ds.initialize` makes a ScTDPipelineEngine of it.
+
+    model: Hugging Face BertForMaskedLM, the same on every rank; a rank keeps the weights of its own stage and releases the
+    others, so the model cannot be used by itself afterwards. config: where the model is not converted. stages: must divide
+    the number of ranks; the rest is data parallel. boundaries: number of the first encoder layer (from 0) of each stage but
+    the first; by default stages get equal shares of the floating-point operations of an average step. length: tokens per row
+    for that count, by default the model's longest.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ScTDConfig | None = None,
+        *,
+        stages: int,
+        boundaries: Sequence[int] | None = None,
+        length: int | None = None,
+    ) -> None:
+        if config is not None or not hasattr(model, "_sctd"):
+            convert(model, config)
+        state = state_of(model)
+        if type(state.adapter) is not BertAdapter:
+            raise ConfigError(
+                f"a pipeline is built from BertForMaskedLM, not from {type(model).__name__}: use data parallelism"
+            )
+        check_stages(stages, len(state.adapter.layers), dist.get_world_size())
+        if boundaries is None:
+            boundaries = balance(state, model.config, stages, length)
+        embeddings, head = model.bert.embeddings, model.cls
+        specs = [
+            LayerSpec(Embedding, state, embeddings),
+            *(LayerSpec(EncoderLayer, state, i) for i in range(len(state.adapter.layers))),
+            LayerSpec(Head, state, head),
+        ]
+        first_layer = 1
+        if head.predictions.decoder.weight is embeddings.word_embeddings.weight:
+            tie = TiedLayerSpec(
+                "word_embeddings", Tied, embeddings.word_embeddings.weight, forward_fn=lambda tied, streams: streams
+            )
+            specs = [tie, *specs[:-1], tie, specs[-1]]
+            first_layer = 2
+        # Set before nn.Module's own __init__, which allows plain values only; the model must not become a submodule, because
+        # DeepSpeed is to see the stage's own weights.
+        self.__dict__.update(plain_model=model, _sctd=state, _boundaries=tuple(boundaries), _first_layer=first_layer)
+        super().__init__(specs, num_stages=stages, partition_method="flops")
+        self._batches: deque[Batch] = deque()
+        self._release(embeddings, head)
+
+    @property
+    def head(self) -> Head | None:
+        """The objective's layer, on the last stage."""
+        return next((layer for layer in self.forward_funcs if isinstance(layer, Head)), None)
+
+    def feed(self, batches: Iterable[Batch]) -> None:
+        """The micro-batches of the coming forward passes, in order."""
+        self._batches = deque(batches)
+
+    def forward(self, received: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """One micro-batch through this stage. received: the former stage's packed tensors; the first stage ignores it."""
+        batch, state = self._batches.popleft(), self._sctd
+        rows = full_rows(state, batch)
+        streams = Streams(batch, rows) if self.stage_id == 0 else self._unpack(received, batch, rows)
+        result = super().forward(streams)
+        return result if isinstance(result, Tensor) else self._pack(result)
+
+    def _pack(self, streams: Streams) -> tuple[Tensor, ...]:
+        selection = streams.selection
+        if selection is None:
+            return (streams.full,)
+        x = streams.x
+        if streams.y is not None:
+            x = sctd_kernels.merge_tokens(x, streams.y, selection.kept, selection.slot)
+        # Floating-point tensors first: DeepSpeed shares one list of buffers between activations and gradients.
+        packed = x if streams.full is None else torch.cat([x, streams.full])
+        return packed, torch.cat([selection.kept, selection.slot], dim=1)
+
+    def _unpack(self, received: tuple[Tensor, ...], batch: Batch, rows: range) -> Streams:
+        packed, state, (b, s) = received[0], self._sctd, batch.input_ids.shape
+        if state.mode == "dense":
+            return Streams(batch, rows, full=packed)
+        k = kept_tokens(s, state.config.drop_ratio)
+        kept, slot = (part.contiguous() for part in received[1].split([k, s], dim=1))
+        mask = None if batch.attention_mask is None else batch.attention_mask.gather(1, kept.long())
+        streams = Streams(batch, rows, Selection(kept, slot, mask), x=packed[:b])
+        if len(packed) > b:
+            streams.full = packed[b:]
+        if self._local_start - self._first_layer > state.encoder.plan.cross:
+            streams.y = sctd_kernels.gather_tokens(streams.x, kept, slot)
+        return streams
+
+    def _partition_layers(self, method: str = "flops") -> None:
+        """Cut the list of layers; DeepSpeed's own methods count parameters, and half of our layers cost half."""
+        ends = [0, *(self._first_layer + boundary for boundary in self._boundaries), len(self._layer_specs)]
+        if sorted(set(ends)) != ends:
+            raise ConfigError(f"boundaries={self._boundaries}: expected ascending numbers of encoder layers from 1 on")
+        self.parts = ends
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=ends[stage], stop=ends[stage + 1])
+
+    def _release(self, embeddings: nn.Module, head: nn.Module) -> None:
+        """Give up the weights of other stages, which this rank built only to start from the same values as they do."""
+        mine = {module for layer in self.children() for module in layer.modules()}
+        for module in (embeddings, *self._sctd.adapter.layers, head):
+            if module not in mine:
+                module.to("meta")
+
+
+class ScTDPipelineEngine(StepLogic, PipelineEngine):
+    """DeepSpeed's pipeline engine (ZeRO 1) with the method's schedule, importance table and checkpoints."""
+
+    def _attach(self) -> None:
+        super()._attach()
+        self.sctd.importance.to(self.device)
+        self.time_work = False
+        """Measure `work_seconds`, which waits for the device after each forward and backward pass."""
+        self.work_seconds = 0.0
+        """Time spent in forward and backward passes, and not in waiting for other stages."""
+        self._layout: tuple[Any, ...] = ()
+        if self.module.head is not None:
+            self.module.head.collect = self._collect
+
+    def train_batch(self, batches: Iterator[Mapping[str, Tensor]]) -> float:
+        """One optimizer step over the next `gradient_accumulation_steps` micro-batches; returns the mean loss of all ranks.
+
+        Every stage of a pipeline must be given the same micro-batches, all of one shape: {"input_ids", "labels", and where
+        rows are padded "attention_mask"}. Replicas of the pipeline get different ones.
+        """
+        micro = [self._batch(next(batches)) for _ in range(self.micro_batches)]
+        if len({batch.input_ids.shape for batch in micro}) > 1:
+            raise ValueError("the micro-batches of a step must have one shape in a pipeline: pad rows, or drop the last batch")
+        self.module.train()
+        set_mode(self.module, self.step_mode, self.applied_steps + 1)
+        self._feed(micro)
+        super().train_batch(_placeholders(micro))
+        return self.step_parts["loss"]
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]], visit: Visit) -> None:
+        """Run both passes (the full one alone where the method drops nothing) without dropout.
+
+        visit(batch, full, dropped): called on the last stage for each micro-batch. Every stage must be given the same ones.
+        """
+        training, mode, head = self.module.training, self.sctd.mode, self.module.head
+        self.module.eval()
+        set_mode(self.module, "dense" if self.sctd.encoder.plan is None else "align")
+        self._compute_loss = False
+        if head is not None:
+            head.visit = visit
+        for _, same in itertools.groupby(map(self._batch, batches), key=lambda batch: batch.input_ids.shape):
+            micro = list(same)
+            self._feed(micro)
+            self.set_dataiterator(_placeholders(micro))
+            self._exec_schedule(self._inference_schedule(len(micro)))
+        if head is not None:
+            head.visit = None
+        self.sctd.mode = mode
+        self.module.train(training)
+
+    def gather_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The stages' shares of a state_dict put together, on rank 0; elsewhere what was given. Every rank calls."""
+        grid = self.grid
+        shares: list[Any] = [state]
+        if grid.data_parallel_id == 0:
+            shares = [None] * self.num_stages if self.global_rank == 0 else [state]
+            dist.gather_object(state, shares if self.global_rank == 0 else None, dst=0, group=grid.pp_proc_group)
+        return {name: value for share in shares for name, value in share.items()}
+
+    def _batch(self, raw: Mapping[str, Tensor]) -> Batch:
+        return self.sctd.adapter.batch((), {key: value.to(self.device, non_blocking=True) for key, value in raw.items()})
+
+    def _feed(self, micro: Sequence[Batch]) -> None:
+        """Hand over micro-batches of one shape; stages learn the shape of what they exchange anew when it changes."""
+        layout = (self.sctd.mode, micro[0].input_ids.shape, len(full_rows(self.sctd, micro[0])), self.module.training)
+        if layout != self._layout:
+            self.reset_activation_shape()
+        self._layout = layout
+        self.module.feed(micro)
+
+    def _timed(run: Callable[..., None]) -> Callable[..., None]:
+        def instruction(self: ScTDPipelineEngine, *args: Any, **kwargs: Any) -> None:
+            if not self.time_work:
+                return run(self, *args, **kwargs)
+            start = time.perf_counter()
+            run(self, *args, **kwargs)
+            get_accelerator().synchronize()
+            self.work_seconds += time.perf_counter() - start
+
+        return instruction
+
+    _INSTRUCTION_MAP = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        pipe_schedule.ForwardPass: _timed(PipelineEngine._exec_forward_pass),
+        pipe_schedule.BackwardPass: _timed(PipelineEngine._exec_backward_pass),
+    }
+
+
+ENGINES[PipelineEngine] = ScTDPipelineEngine
+
+
+def full_rows(state: ScTD, batch: Batch) -> range:
+    """Rows of the micro-batch that the full pass runs on, in the state's mode."""
+    rows = range(len(batch.input_ids))
+    if state.mode == "dense":
+        return rows
+    return aligned_rows(state.config, state.step, len(rows)) if state.mode == "align" else range(0)
+
+
+def balance(state: ScTD, sizes: Any, stages: int, length: int | None = None) -> tuple[int, ...]:
+    """Boundaries that make the costliest stage of an average step as cheap as can be. sizes: the model's configuration.
+
+    The head goes with the last layer, because the objective compares the states before and behind that layer.
+    """
+    length = length or sizes.max_position_embeddings
+    shape = Shape(
+        len(state.adapter.layers), sizes.hidden_size, sizes.intermediate_size, state.adapter.vocabulary, length,
+        state.config.labels_per_row or round(0.15 * length),
+    )  # fmt: skip
+    modes: tuple[Mode, ...] = ("dense",) if state.config.method == "dense" else MODES
+    flops = {mode: part_flops(shape, state.config, mode) for mode in modes}
+    costs = [mean_cost(state.config, {mode: flops[mode][i] for mode in modes}) for i in range(shape.layers + 1)]
+    costs[-2:] = [costs[-2] + costs[-1]]
+    # best[n]: the least possible maximum for the first n layers, and its boundaries; one stage more in each round.
+    best = {n: (sum(costs[:n]), ()) for n in range(1, shape.layers + 1)}
+    for _ in range(1, stages):
+        best = {
+            n: min((max(best[m][0], sum(costs[m:n])), (*best[m][1], m)) for m in best if m < n)
+            for n in range(min(best) + 1, shape.layers + 1)
+        }
+    return best[shape.layers][1]
+
+
+def check_stages(stages: int, layers: int, ranks: int) -> None:
+    """ConfigError for a number of stages that cannot be built."""
+    if stages > layers:
+        raise ConfigError(f"{stages} pipeline stages, but the model has {layers} encoder layers: use at most {layers} stages")
+    if ranks % stages:
+        raise ConfigError(
+            f"{ranks} ranks cannot form pipelines of {stages} stages: start a multiple of {stages} ranks (--num_gpus)"
+        )
+
+
+def _placeholders(micro: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What DeepSpeed's engine loads on the first and the last stage; the module has the micro-batches already."""
+    return iter([(batch.input_ids, batch.labels) for batch in micro])
