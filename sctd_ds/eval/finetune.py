@@ -1,0 +1,388 @@
+"""Fine-tuning: one loop for every kind of task, on transformers' heads and Trainer, resumable per task and seed.
+
+The last weights are scored, with no choice among checkpoints by the data that scores them. Warm-up over 6 % of the steps,
+linear decay, AdamW with weight decay 0.01: the paper states none of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import random
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from sctd_ds.eval import scores, sources
+from sctd_ds.eval.sources import EvalError, Row
+from sctd_ds.eval.tasks import Task
+
+WARMUP, WEIGHT_DECAY = 0.06, 0.01
+STRIDE = 128  # tokens that two windows of one long context share
+LONGEST_ANSWER = 30  # tokens
+CANDIDATES = 20  # best starts and best ends that are combined
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Cuts for trials and tests; None: the whole recipe. micro_batch: rows on the device at once, for any recipe's batch."""
+
+    max_steps: int | None = None
+    max_train: int | None = None
+    max_eval: int | None = None
+    micro_batch: int = 32
+
+
+@dataclass
+class Model:
+    """A Hugging Face folder (or Hub name) under the name that reports give it."""
+
+    name: str
+    path: str
+
+    def check(self) -> Model:
+        """Self, or EvalError for a folder that is not a model with a tokenizer."""
+        folder = Path(self.path)
+        if folder.is_dir():
+            missing = [f for f in ("config.json", "tokenizer_config.json") if not (folder / f).is_file()]
+            if missing:
+                raise EvalError(f"{folder}: no {' and no '.join(missing)}; expected a Hugging Face folder (a run's model/)")
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the weights of a folder; the name itself for a model of the Hub."""
+        weights = sorted(Path(self.path).glob("*.safetensors")) + sorted(Path(self.path).glob("*.bin"))
+        digest = hashlib.sha256(self.path.encode() if not weights else b"")
+        for file in weights:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def finetune(model: Model, task: Task, data: dict[str, list[Row]], seed: int, limits: Limits | None = None,
+             store: Path | None = None) -> dict[str, float]:  # fmt: skip
+    """Fine-tune one model on one task with one seed, and score it; all scores in percent.
+
+    data: checked rows by split ("train" and the task's own). store: a JSON file with the outcome; one that exists and was
+    made with the same model, data and settings is read instead of running again. Raises EvalError when it was made with
+    others.
+    """
+    limits = limits or Limits()
+    settings = {"model": model.fingerprint, "data": _fingerprint(data), "recipe": asdict(task.recipe), "shots": task.shots,
+                "seed": seed, **{k: v for k, v in asdict(limits).items() if k != "micro_batch"}}  # fmt: skip
+    if store is not None and store.is_file():
+        found = json.loads(store.read_text(encoding="utf-8"))
+        changed = [key for key in settings if found["settings"].get(key) != settings[key]]
+        if changed:
+            raise EvalError(f"{store}: made with another {', '.join(changed)}; choose another --out, or delete it")
+        return found["scores"]
+    start = time.perf_counter()
+    result = _run(model, task, data, seed, limits)
+    if store is not None:
+        packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        record = {"model": model.name, "path": model.path, "task": task.name, "settings": settings, "scores": result,
+                  "seconds": time.perf_counter() - start, "device": device, **packages}  # fmt: skip
+        store.parent.mkdir(parents=True, exist_ok=True)
+        partial = store.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        partial.replace(store)
+    return result
+
+
+def _run(model: Model, task: Task, data: dict[str, list[Row]], seed: int, limits: Limits) -> dict[str, float]:
+    transformers.set_seed(seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
+    config = transformers.AutoConfig.from_pretrained(model.path)
+    head = HEADS[task.kind](task, tokenizer, min(task.recipe.max_length, config.max_position_embeddings), data)
+    train = few_shot(data["train"], task, seed) if task.shots else data["train"]
+    train = _cut(train, limits.max_train, seed)
+    network = head.network.from_pretrained(model.path, **head.options)
+    micro = min(task.recipe.batch, limits.micro_batch)
+    while task.recipe.batch % micro:
+        micro -= 1
+    examples = head.examples(train, training=True)
+    per_epoch = math.ceil(len(examples) / task.recipe.batch)
+    steps = task.recipe.steps or per_epoch * (task.recipe.epochs or 1)
+    steps = min(steps, limits.max_steps or steps)
+    gpu = torch.cuda.is_available()
+    result: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = transformers.Trainer(
+            model=network,
+            args=transformers.TrainingArguments(
+                output_dir=scratch, seed=seed, learning_rate=task.recipe.learning_rate, weight_decay=WEIGHT_DECAY,
+                max_steps=steps, warmup_steps=math.ceil(WARMUP * steps), per_device_train_batch_size=micro,
+                gradient_accumulation_steps=task.recipe.batch // micro, per_device_eval_batch_size=limits.micro_batch,
+                bf16=gpu and torch.cuda.is_bf16_supported(), save_strategy="no", logging_strategy="no", report_to="none",
+                remove_unused_columns=False, disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=gpu, label_names=[],
+            ),
+            train_dataset=examples, data_collator=head.collate,
+        )  # fmt: skip
+        if trainer.args.n_gpu > 1:
+            raise EvalError(f"{trainer.args.n_gpu} GPUs are visible, and a fine-tuning uses one: set CUDA_VISIBLE_DEVICES=0")
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        for split in task.splits:
+            rows = _cut(data[split], limits.max_eval, seed=0)
+            output = trainer.predict(head.examples(rows, training=False)).predictions
+            prefix = f"{split.removeprefix('validation_')}_" if len(task.splits) > 1 else ""
+            result.update({prefix + name: value for name, value in head.score(rows, output).items()})
+    return result
+
+
+def few_shot(rows: list[Row], task: Task, seed: int) -> list[Row]:
+    """Sentences with `task.shots` mentions of each entity type, in an order drawn from the seed.
+
+    32-shot here: a sentence is taken while it has a type of which fewer than 32 mentions were taken so far. A type that the
+    data mentions less often gets all it has; since sentences hold several types, frequent ones end a little above 32.
+    """
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    assert task.shots is not None
+    order = list(range(len(rows)))
+    random.Random(f"few shots {task.name} {seed}").shuffle(order)
+    taken: Counter[str] = Counter()
+    chosen = []
+    for i in order:
+        types = [kind for kind, _, _ in get_entities(rows[i][task.label])]
+        if any(taken[kind] < task.shots for kind in types):
+            chosen.append(rows[i])
+            taken.update(types)
+    return chosen
+
+
+class Head(ABC):
+    """What a kind of task needs: the network, inputs from rows, and scores from outputs."""
+
+    network: type
+    options: dict[str, Any]
+
+    def __init__(self, task: Task, tokenizer: Any, max_length: int, data: dict[str, list[Row]]) -> None:
+        self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
+        self.options = {}
+
+    def examples(self, rows: list[Row], training: bool) -> list[Any]:
+        """What the Trainer iterates over; the collator tokenizes, so nothing is stored twice."""
+        return [{**row, "_training": training} for row in rows]
+
+    @abstractmethod
+    def collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        """A batch of examples as the network's inputs, with labels when training."""
+
+    @abstractmethod
+    def score(self, rows: list[Row], output: Any) -> dict[str, float]:
+        """Scores of the network's outputs on rows."""
+
+    def _encode(self, *texts: Sequence[str], **options: Any) -> Any:
+        return self.tokenizer(*texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt", **options)
+
+
+class Classification(Head):
+    """One text or a pair. Of more than two columns, the first is the text and the others follow each other in its pair."""
+
+    network = transformers.AutoModelForSequenceClassification
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.options = {"num_labels": len(self.task.classes)}
+
+    def collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        first, *others = self.task.inputs
+        texts = [[row[first] for row in rows]]
+        if others:
+            texts.append([" ".join(row[column] for column in others) for row in rows])
+        batch = dict(self._encode(*texts))
+        if rows[0]["_training"]:
+            batch["labels"] = torch.tensor([row[self.task.label] for row in rows])
+        return batch
+
+    def score(self, rows: list[Row], output: Any) -> dict[str, float]:
+        gold, predicted = [row[self.task.label] for row in rows], output.argmax(axis=-1).tolist()
+        if self.task.name == "multirc":
+            return scores.multirc([row["question_id"] for row in rows], gold, predicted)
+        return scores.classification(gold, predicted)
+
+
+class Regression(Classification):
+    """A score for a pair, by mean squared error."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.options = {"num_labels": 1, "problem_type": "regression"}
+
+    def score(self, rows: list[Row], output: Any) -> dict[str, float]:
+        return scores.correlation([row[self.task.label] for row in rows], output.squeeze(-1))
+
+
+class MultipleChoice(Head):
+    """A premise with each of two choices: "because" before a cause, "so" before an effect."""
+
+    network = transformers.AutoModelForMultipleChoice
+
+    def collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        link = {"cause": "because", "effect": "so"}
+        premises = [row["premise"] for row in rows for _ in range(2)]
+        choices = [f"{link[row['question']]} {row[choice]}" for row in rows for choice in ("choice1", "choice2")]
+        batch = {name: value.view(len(rows), 2, -1) for name, value in self._encode(premises, choices).items()}
+        if rows[0]["_training"]:
+            batch["labels"] = torch.tensor([row[self.task.label] for row in rows])
+        return batch
+
+    def score(self, rows: list[Row], output: Any) -> dict[str, float]:
+        return scores.classification([row[self.task.label] for row in rows], output.argmax(axis=-1).tolist())
+
+
+class Tagging(Head):
+    """A tag per word, read at its first piece. Words beyond the length, or without a piece, are predicted as O."""
+
+    network = transformers.AutoModelForTokenClassification
+
+    def __init__(self, task: Task, tokenizer: Any, max_length: int, data: dict[str, list[Row]]) -> None:
+        super().__init__(task, tokenizer, max_length, data)
+        self.names = sorted({tag for rows in data.values() for row in rows for tag in row[task.label]})
+        self.options = {"num_labels": len(self.names)}
+
+    def collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        encoded = self._encode([row["tokens"] for row in rows], is_split_into_words=True)
+        batch = dict(encoded)
+        if rows[0]["_training"]:
+            number = {name: i for i, name in enumerate(self.names)}
+            batch["labels"] = torch.full_like(batch["input_ids"], -100)
+            for i, row in enumerate(rows):
+                for word, position in _first_pieces(encoded.word_ids(i)).items():
+                    batch["labels"][i, position] = number[row[self.task.label][word]]
+        return batch
+
+    def score(self, rows: list[Row], output: Any) -> dict[str, float]:
+        predicted = []
+        for row, best in zip(rows, output.argmax(axis=-1), strict=True):
+            encoded = self.tokenizer(row["tokens"], is_split_into_words=True, truncation=True, max_length=self.max_length)
+            tags = ["O"] * len(row["tokens"])
+            for word, position in _first_pieces(encoded.word_ids()).items():
+                tags[word] = self.names[best[position]]
+            predicted.append(tags)
+        return scores.entities([row[self.task.label] for row in rows], predicted)
+
+
+class Spans(Head):
+    """A question and windows of its context. The answer is the best span of all windows; [CLS] stands for no answer."""
+
+    network = transformers.AutoModelForQuestionAnswering
+
+    def examples(self, rows: list[Row], training: bool) -> list[Any]:
+        """Windows: each has its inputs, and the answer's ends for training, or what an answer is read off with for scoring."""
+        windows = []
+        for index, row in enumerate(rows):
+            # Never more than the context's room: some questions of the real data are long.
+            question = " ".join(row["question"].split()[: self.max_length // 4])
+            encoded = self.tokenizer(question, row["context"], truncation="only_second", max_length=self.max_length,
+                                     stride=min(STRIDE, self.max_length // 4), return_overflowing_tokens=True,
+                                     return_offsets_mapping=True)  # fmt: skip
+            for i, offsets in enumerate(encoded["offset_mapping"]):
+                inside = [part == 1 for part in encoded.sequence_ids(i)]
+                # Arrays: a list of Python numbers would be some gigabytes for the whole of SQuAD.
+                names = [name for name in self.tokenizer.model_input_names if name in encoded]
+                inputs = {name: np.array(encoded[name][i], dtype=np.int32) for name in names}
+                if training:
+                    windows.append({"inputs": inputs, "ends": _ends(row["answers"], offsets, inside)})
+                else:
+                    windows.append({"inputs": inputs, "row": index, "offsets": offsets, "inside": inside})
+        return windows
+
+    def collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        lists = [{name: value.tolist() for name, value in row["inputs"].items()} for row in rows]
+        batch = dict(self.tokenizer.pad(lists, padding=True, return_tensors="pt"))
+        if "ends" in rows[0]:
+            start, end = zip(*(row["ends"] for row in rows), strict=True)
+            batch.update(start_positions=torch.tensor(start), end_positions=torch.tensor(end))
+        return batch
+
+    def score(self, rows: list[Row], output: Any) -> dict[str, float]:
+        starts, ends = output[:2]
+        best = [(-math.inf, "")] * len(rows)
+        silent = [math.inf] * len(rows)
+        for window, start, end in zip(self.examples(rows, training=False), starts, ends, strict=True):
+            row = window["row"]
+            # A window without the answer says so; the row has none when the least sure window says so.
+            silent[row] = min(silent[row], float(start[0] + end[0]))
+            best[row] = max(best[row], _best_span(window, rows[row]["context"], start, end), key=lambda found: found[0])
+        no_answer = [silent[i] - best[i][0] for i in range(len(rows))] if self.task.no_answer else None
+        return scores.squad([row["answers"]["text"] for row in rows], [text for _, text in best], no_answer)
+
+
+HEADS: dict[str, type[Head]] = {
+    "classify": Classification, "regress": Regression, "choose": MultipleChoice, "tag": Tagging, "span": Spans,
+}  # fmt: skip
+
+
+def _first_pieces(word_ids: Sequence[int | None]) -> dict[int, int]:
+    """Position of the first piece of each word."""
+    first: dict[int, int] = {}
+    for position, word in enumerate(word_ids):
+        if word is not None:
+            first.setdefault(word, position)
+    return first
+
+
+def _ends(answers: dict[str, list[Any]], offsets: Sequence[tuple[int, int]], inside: Sequence[bool]) -> tuple[int, int]:
+    """First and last token of the first answer; (0, 0), the [CLS], where the window has not all of it."""
+    if not answers["text"]:
+        return 0, 0
+    begin = answers["answer_start"][0]
+    stop = begin + len(answers["text"][0])
+    covered = [i for i, (a, b) in enumerate(offsets) if inside[i] and a < stop and b > begin]
+    if not covered or offsets[covered[0]][0] > begin or offsets[covered[-1]][1] < stop:
+        return 0, 0
+    return covered[0], covered[-1]
+
+
+def _best_span(window: dict[str, Any], context: str, start: np.ndarray, end: np.ndarray) -> tuple[float, str]:
+    """Score and text of the best span of a window that lies in the context, is in order, and is not too long."""
+    inside = np.flatnonzero(window["inside"])
+    if not len(inside):
+        return -math.inf, ""
+    best = (-math.inf, "")
+    for i in inside[np.argsort(-start[inside])][:CANDIDATES]:
+        for j in inside[np.argsort(-end[inside])][:CANDIDATES]:
+            if i <= j < i + LONGEST_ANSWER and start[i] + end[j] > best[0]:
+                best = float(start[i] + end[j]), context[window["offsets"][i][0] : window["offsets"][j][1]]
+    return best
+
+
+def _cut(rows: list[Row], count: int | None, seed: int) -> list[Row]:
+    """At most `count` rows, drawn from the seed; all of them, in order, by default."""
+    return rows if count is None or count >= len(rows) else random.Random(f"cut {seed}").sample(rows, count)
+
+
+def _fingerprint(data: dict[str, list[Row]]) -> str:
+    digest = hashlib.sha256()
+    for split in sorted(data):
+        digest.update(split.encode())
+        for row in data[split]:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def load_data(task: Task, data_dir: Path | None, hub: bool) -> dict[str, list[Row]]:
+    """All splits that fine-tuning a task needs. Raises EvalError."""
+    return {split: sources.load(task, split, data_dir, hub) for split in ("train", *task.splits)}
+
+
+def with_recipe(task: Task, **changes: Any) -> Task:
+    """The task with other hyper-parameters; setting epochs unsets steps, and the other way round."""
+    if "epochs" in changes or "steps" in changes:
+        changes = {"epochs": None, "steps": None, **changes}
+    return replace(task, recipe=replace(task.recipe, **changes))

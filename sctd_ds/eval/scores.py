@@ -1,0 +1,130 @@
+"""Metrics, in percent. Everything that a package computes comes from that package; the SQuAD scorer is written out."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def classification(gold: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
+    """accuracy, f1 (of class 1 where there are two classes), macro_f1, mcc."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    _same_length(gold, predicted)
+    return {
+        "accuracy": 100 * accuracy_score(gold, predicted),
+        "f1": 100 * f1_score(np.asarray(gold) == 1, np.asarray(predicted) == 1, zero_division=0),
+        "macro_f1": 100 * f1_score(gold, predicted, average="macro", zero_division=0),
+        "mcc": 100 * matthews_corrcoef(gold, predicted),
+    }
+
+
+def correlation(gold: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
+    """pearson and spearman. A constant prediction is related to nothing: 0."""
+    from scipy.stats import pearsonr, spearmanr
+
+    _same_length(gold, predicted)
+    if np.ptp(gold) == 0 or np.ptp(predicted) == 0:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {"pearson": 100 * float(pearsonr(gold, predicted)[0]), "spearman": 100 * float(spearmanr(gold, predicted)[0])}
+
+
+def multirc(questions: Sequence[Any], gold: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
+    """f1: over all answers; exact_match: share of the questions whose every answer is right.
+
+    questions: which question each answer belongs to.
+    """
+    right: dict[Any, bool] = {}
+    for question, truth, guess in zip(questions, gold, predicted, strict=True):
+        right[question] = right.get(question, True) and truth == guess
+    values = classification(gold, predicted)
+    return {"f1": values["f1"], "exact_match": 100 * sum(right.values()) / len(right), "accuracy": values["accuracy"]}
+
+
+def entities(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """precision, recall and f1 of whole entities (type and both ends), as conlleval counts; tags as B-X, I-X, O."""
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    gold, predicted = [list(row) for row in gold], [list(row) for row in predicted]
+    options = {"average": "micro", "zero_division": 0}
+    return {
+        "f1": 100 * float(f1_score(gold, predicted, **options)),
+        "precision": 100 * float(precision_score(gold, predicted, **options)),
+        "recall": 100 * float(recall_score(gold, predicted, **options)),
+    }
+
+
+def squad(
+    gold: Sequence[Sequence[str]], predicted: Sequence[str], no_answer: Sequence[float] | None = None
+) -> dict[str, float]:
+    """Exact match and token F1 against the best of each question's answers; a question without answers wants "".
+
+    no_answer: for v2, how much each question speaks for no answer (0: undecided). Then a question whose value is above 0
+    is answered by "", and best_exact_match and best_f1 are those of the most favourable threshold, which is chosen on the same
+    data, as the official script does.
+    """
+    _same_length(gold, predicted)
+    answered = np.array([[_exact(answers, guess), _f1(answers, guess)] for answers, guess in zip(gold, predicted, strict=True)])
+    if no_answer is None:
+        exact, f1 = 100 * answered.mean(axis=0)
+        return {"exact_match": float(exact), "f1": float(f1)}
+    _same_length(gold, no_answer)
+    silent = np.array([[not answers] * 2 for answers in gold], dtype=float)
+    margin = np.asarray(no_answer, dtype=float)
+    exact, f1 = 100 * np.where((margin > 0)[:, None], silent, answered).mean(axis=0)
+    # Thresholds between all neighbours: the i questions of the lowest margin are answered, the others are not.
+    order = np.argsort(margin, kind="stable")
+    gains = np.cumsum((answered - silent)[order], axis=0)
+    # Questions of one margin fall on one side.
+    possible = np.append(margin[order][1:] > margin[order][:-1], True)
+    best = 100 * (silent.sum(axis=0) + np.maximum(gains[possible].max(axis=0), 0)) / len(margin)
+    return {"exact_match": float(exact), "f1": float(f1), "best_exact_match": float(best[0]), "best_f1": float(best[1])}
+
+
+def normalize(answer: str) -> str:
+    """SQuAD's form for comparisons: lower case, without punctuation, articles and extra spaces."""
+    answer = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
+
+
+def _exact(answers: Sequence[str], guess: str) -> float:
+    return float(any(normalize(answer) == normalize(guess) for answer in answers or [""]))
+
+
+def _f1(answers: Sequence[str], guess: str) -> float:
+    def one(answer: str) -> float:
+        truth, said = normalize(answer).split(), normalize(guess).split()
+        if not truth or not said:
+            return float(truth == said)
+        common = sum((collections.Counter(truth) & collections.Counter(said)).values())
+        return 2 * common / (len(truth) + len(said))
+
+    return max(one(answer) for answer in answers or [""])
+
+
+def average(scores: Mapping[str, Mapping[str, float]], metrics: Mapping[str, Sequence[str]]) -> float | None:
+    """Mean over tasks of the mean of each task's metrics; None unless every task is there.
+
+    scores: values by task and metric. metrics: those that count, by task.
+    """
+    if any(task not in scores for task in metrics):
+        return None
+    return math.fsum(math.fsum(scores[task][m] for m in names) / len(names) for task, names in metrics.items()) / len(metrics)
+
+
+def glue_average(scores: Mapping[str, Mapping[str, float]]) -> float | None:
+    """The paper's GLUE average: accuracy and F1, Pearson and Spearman, matched and mismatched each count half."""
+    from sctd_ds.eval.tasks import SUITES, TASKS
+
+    return average(scores, {name: TASKS[name].metrics for name in SUITES["glue"]})
+
+
+def _same_length(gold: Sequence[Any], predicted: Sequence[Any]) -> None:
+    if len(gold) != len(predicted) or not len(gold):
+        raise ValueError(f"{len(gold)} gold values and {len(predicted)} predictions: expected as many, and at least one")

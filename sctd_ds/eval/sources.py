@@ -1,0 +1,332 @@
+"""Where evaluation data comes from: a local folder, else the local cache of Hugging Face `datasets`, else the Hub if asked.
+
+Every row is checked on the way in, so that what reaches a model has the columns, types and labels that its task names.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sctd_ds.eval.tasks import PROBE_NOTE, PROBES, Task
+
+Row = dict[str, Any]
+SUMS = "SHA256SUMS"
+TAG_NAMES = "labels.json"
+
+
+class EvalError(ValueError):
+    """A problem with models or data to evaluate; its message is one line that names the place and the remedy."""
+
+
+def load(task: Task, split: str, data_dir: Path | None = None, hub: bool = False) -> list[Row]:
+    """The checked rows of one split.
+
+    Looks at `data_dir/<task>/<split>.{parquet,jsonl,csv,tsv,conll}`, then in the local cache, then, with hub=True, on the
+    Hub. Classes come back as numbers, scores as floats, tags as names. Raises EvalError.
+    """
+    if data_dir is not None:
+        for suffix, read in READERS.items():
+            path = data_dir / task.name / f"{split}.{suffix}"
+            if path.is_file():
+                _verify(path)
+                names = _tag_names(path.parent / TAG_NAMES)
+                return list(check(task, read(path), str(path), names))
+    rows = _from_hub(task, split, offline=not hub)
+    if rows is None:
+        looked = f"{data_dir / task.name}/{split}.{{{','.join(READERS)}}}" if data_dir else "no --data-dir was given"
+        raise EvalError(f"{task.name}: no data ({looked}; not in the local cache); {schema(task)}. {remedy(task)}")
+    return rows
+
+
+def load_probe(name: str, data_dir: Path | None) -> dict[str, list[tuple[str, str]]]:
+    """(label, sentence) pairs of a probing task in SentEval's format, by split: train, validation, test. Raises EvalError."""
+    file, labels = PROBES[name]
+    note = f"expected lines of tr, va or te <tab> {' or '.join(labels)} <tab> sentence; {PROBE_NOTE.format(file=file)}"
+    path = (data_dir or Path()) / file
+    if data_dir is None or not path.is_file():
+        raise EvalError(f"{name}: no file {path if data_dir else file + ' (no --data-dir was given)'}; {note}")
+    splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
+    where = {"tr": "train", "va": "validation", "te": "test"}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        parts = line.split("\t")
+        if len(parts) != 3 or parts[0] not in where or parts[1] not in labels:
+            raise EvalError(f"{name}: {path}, line {number}: found {line[:60]!r}; {note}")
+        splits[where[parts[0]]].append((parts[1], parts[2]))
+    empty = [split for split, rows in splits.items() if len({label for label, _ in rows}) < 2]
+    if empty:
+        raise EvalError(f"{name}: {path} has not both labels in {', '.join(empty)}; {note}")
+    return splits
+
+
+def fetch(tasks: Sequence[Task], folder: Path, say: Callable[[str], None] = print) -> list[str]:
+    """Download tasks as Parquet, with SHA-256 sums, for machines without a network. Returns the names that have no source.
+
+    A task that is complete and intact is not downloaded again. Tags are stored by name. Raises EvalError.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    without = []
+    for task in tasks:
+        target = folder / task.name
+        splits = ("train", *task.splits)
+        if (target / SUMS).is_file() and all((target / f"{split}.parquet").is_file() for split in splits):
+            for split in splits:
+                _verify(target / f"{split}.parquet")
+            say(f"{task.name}: already there and intact")
+            continue
+        if task.source.repo is None:
+            say(f"{task.name}: cannot be downloaded. {remedy(task)}")
+            without.append(task.name)
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        sums = {}
+        for split in splits:
+            rows = _from_hub(task, split, offline=False)
+            assert rows is not None
+            path = target / f"{split}.parquet"
+            partial = path.with_suffix(".partial")
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial)
+            partial.replace(path)
+            sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            say(f"{task.name}: {split}, {len(rows):,} rows")
+        (target / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), encoding="utf-8")
+    return without
+
+
+def check(task: Task, rows: Iterator[tuple[str, Row]], path: str, tag_names: list[str] | None = None) -> Iterator[Row]:
+    """Rows of a task with their columns checked and converted. rows: (place, row). Raises EvalError naming the place."""
+    empty = True
+    for place, row in rows:
+        empty = False
+
+        def wrong(column: str, expected: str, place: str = place, row: Row = row) -> EvalError:
+            found = f"is {str(row[column])[:60]!r}" if column in row else f"is missing (there are: {', '.join(map(str, row))})"
+            return EvalError(f"{task.name}: {path}{place}: column {column!r} {found}, expected {expected}; {schema(task)}")
+
+        clean: Row = dict(row)
+        for column in task.inputs if task.kind != "tag" else ():
+            if not isinstance(row.get(column), str):
+                raise wrong(column, "text")
+        if task.kind in ("classify", "choose"):
+            clean[task.label] = _class(row.get(task.label), task.classes)
+            if clean[task.label] is None:
+                raise wrong(task.label, f"{' or '.join(f'{i} ({c})' for i, c in enumerate(task.classes))}")
+            if task.kind == "choose" and row["question"] not in ("cause", "effect"):
+                raise wrong("question", "cause or effect")
+        elif task.kind == "regress":
+            low, high = task.score_range
+            try:
+                clean[task.label] = float(row.get(task.label))  # type: ignore[arg-type]
+            except (TypeError, ValueError):
+                raise wrong(task.label, f"a number from {low:g} to {high:g}") from None
+            if not low <= clean[task.label] <= high:
+                raise wrong(task.label, f"a number from {low:g} to {high:g}")
+        elif task.kind == "span":
+            if problem := _answer_problem(task, row):
+                raise wrong("answers", problem)
+        else:
+            tags = _tags(row.get(task.label), tag_names)
+            tokens = row.get("tokens")
+            if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
+                raise wrong("tokens", "a list of words")
+            if tags is None or len(tags) != len(tokens):
+                raise wrong(task.label, f"a tag (B-TYPE, I-TYPE or O; or its number, with names in {TAG_NAMES}) for each of "
+                                        f"{len(tokens)} tokens")  # fmt: skip
+            clean[task.label] = tags
+        if task.name == "multirc":
+            clean["question_id"] = _question_of(row)
+        yield clean
+    if empty:
+        raise EvalError(f"{task.name}: {path} has no rows; {schema(task)}. {remedy(task)}")
+
+
+def schema(task: Task) -> str:
+    """The columns of a task, in words."""
+    labels = {
+        "classify": f"{task.label} (0 to {len(task.classes) - 1}: {', '.join(task.classes)})",
+        "choose": f"{task.label} (0 or 1); question is cause or effect",
+        "regress": f"{task.label} (a number from {task.score_range[0]:g} to {task.score_range[1]:g})",
+        "span": "answers ({text: [...], answer_start: [...]}; both empty: no answer)" if task.no_answer
+        else "answers ({text: [...], answer_start: [...]})",
+        "tag": f"{task.label} (one tag per token)",
+    }  # fmt: skip
+    return f"columns: {', '.join(task.inputs)}; {labels[task.kind]}"
+
+
+def remedy(task: Task) -> str:
+    """How to get a task's data."""
+    source = task.source
+    if source.repo is None:
+        return f"No repository loads without running its code: get {source.note}"
+    note = f" ({source.note})" if source.note else ""
+    return f"On a connected machine: python -m sctd_ds.eval fetch --to DIR --tasks {task.name}, then --data-dir DIR{note}"
+
+
+def _class(value: Any, classes: Sequence[str]) -> int | None:
+    if isinstance(value, str):
+        value = classes.index(value) if value in classes else int(value) if value.isdigit() else None
+    if isinstance(value, bool):
+        value = int(value)
+    return value if isinstance(value, int) and 0 <= value < len(classes) else None
+
+
+def _tags(value: Any, names: list[str] | None) -> list[str] | None:
+    if not isinstance(value, list):
+        return None
+    if names is not None and all(isinstance(tag, int) and 0 <= tag < len(names) for tag in value):
+        value = [names[tag] for tag in value]
+    # IOB1, as the shared task's own files have it, is read as it is: seqeval counts the same entities.
+    good = all(isinstance(tag, str) and (tag == "O" or tag[:2] in ("B-", "I-")) for tag in value)
+    return value if good else None
+
+
+def _answer_problem(task: Task, row: Row) -> str | None:
+    answers = row.get("answers")
+    form = "{text: [...], answer_start: [...]} with as many of both"
+    if not isinstance(answers, dict) or not isinstance(answers.get("text"), list):
+        return form
+    texts, starts = answers["text"], answers.get("answer_start")
+    if not isinstance(starts, list) or len(starts) != len(texts):
+        return form
+    if not texts and not task.no_answer:
+        return "at least one answer"
+    for text, start in zip(texts, starts, strict=True):
+        if row["context"][start : start + len(text)] != text:
+            return f"answers that stand in the context at answer_start ({start}: {text[:30]!r} does not)"
+    return None
+
+
+def _question_of(row: Row) -> str:
+    """Which question an answer of MultiRC belongs to: by number where there is one, by text else."""
+    index = row.get("idx")
+    if isinstance(index, dict):
+        return f"{index['paragraph']}/{index['question']}"
+    return hashlib.sha256(f"{row['paragraph']}\0{row['question']}".encode()).hexdigest()
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise EvalError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from None
+    for i, row in enumerate(rows):
+        yield f", row {i}", row
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise EvalError(f"{path}, line {number}: not JSON ({error.msg}); expected one object per line") from None
+            if not isinstance(row, dict):
+                raise EvalError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            yield f", line {number}", row
+
+
+def _separated(path: Path) -> Iterator[tuple[str, Row]]:
+    # Tab-separated files of this field do not quote: a lone quotation mark is text.
+    tabs = path.suffix == ".tsv"
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+        for row in reader:
+            if None in row or None in row.values():
+                fields = f"{'more' if None in row else 'fewer'} fields than the {len(reader.fieldnames or ())} of the header"
+                raise EvalError(f"{path}, line {reader.line_num}: {fields}")
+            yield f", line {reader.line_num}", dict(row)
+
+
+def _conll(path: Path) -> Iterator[tuple[str, Row]]:
+    """Word first, tag last, sentences apart by blank lines, -DOCSTART- lines left out."""
+    tokens: list[str] = []
+    tags: list[str] = []
+    first = 1
+
+    def row() -> tuple[str, Row]:
+        return f", line {first}", {"tokens": list(tokens), "ner_tags": list(tags), "tags": list(tags)}
+
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        parts = line.split()
+        if not parts or parts[0] == "-DOCSTART-":
+            if tokens:
+                yield row()
+            tokens, tags, first = [], [], number + 1
+        elif len(parts) < 2:
+            raise EvalError(f"{path}, line {number}: found {line!r}, expected a word, further columns, and its tag last")
+        else:
+            tokens.append(parts[0])
+            tags.append(parts[-1])
+    if tokens:
+        yield row()
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+    "parquet": _parquet, "jsonl": _jsonl, "csv": _separated, "tsv": _separated, "conll": _conll,
+}  # fmt: skip
+
+
+def _tag_names(path: Path) -> list[str] | None:
+    """Names of numbered tags: a JSON list, or an object from name to number."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return sorted(content, key=content.__getitem__) if isinstance(content, dict) else content
+
+
+def _verify(path: Path) -> None:
+    """Compare a file with its sum, where there are sums."""
+    sums = path.parent / SUMS
+    if not sums.is_file():
+        return
+    known = dict(reversed(line.split("  ", 1)) for line in sums.read_text(encoding="utf-8").splitlines())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.name in known and known[path.name] != digest:
+        raise EvalError(
+            f"{path}: its SHA-256 is not that in {sums.name}, so it was changed or cut off; delete the folder and fetch again"
+        )
+
+
+def _from_hub(task: Task, split: str, offline: bool) -> list[Row] | None:
+    """A split from the Hub or, offline, from the local cache of an earlier download (None where there is none)."""
+    import datasets
+    import huggingface_hub
+
+    source = task.source
+    if source.repo is None:
+        return None
+    names: list[str] | None = None
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or before
+    try:
+        if source.files is None:
+            loaded = datasets.load_dataset(source.repo, source.config, split=split)
+        else:
+            download = functools.partial(
+                huggingface_hub.hf_hub_download, source.repo, repo_type="dataset", local_files_only=offline or before
+            )
+            names = _tag_names(Path(download(source.labels))) if source.labels else None
+            files = [download(name) for name in source.files[split]]
+            loaded = datasets.load_dataset("json", data_files=files, split="train")
+    except (OSError, ValueError, RuntimeError) as error:
+        if offline:
+            return None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EvalError(f"{task.name}: {source.repo} cannot be had ({reason}); is this machine connected?") from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+    # tner's columns are called tokens and tags; a task may call its tags otherwise.
+    renamed = [{(task.label if task.kind == "tag" and k == "tags" else k): v for k, v in row.items()} for row in loaded]
+    return list(check(task, ((f", row {i}", row) for i, row in enumerate(renamed)), source.repo, names))

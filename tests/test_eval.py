@@ -1,0 +1,363 @@
+"""Evaluation: data and its errors, metrics against cases worked out by hand, and every task end to end on its twin."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sctd_ds.eval import EvalError, finetune, glue_average, scores, sources, twins
+from sctd_ds.eval.finetune import Limits, Model
+from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
+from sctd_ds.grammar import main as write_grammar
+
+TINY = Limits(max_steps=2, max_train=48, max_eval=24)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """The Trainer takes these for a launcher's."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def twin_data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("twins")
+    twins.write_twins(folder, train=120, validation=60)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """An untrained 4-layer BERT with a tokenizer of the generated language."""
+    import transformers
+
+    from sctd_ds import data
+
+    folder = tmp_path_factory.mktemp("model")
+    write_grammar(["--documents", "1000", "--out", str(folder / "text.txt")])
+    built = data.load(data.build([str(folder / "text.txt")], folder / "built", vocab_size=2000, seq_length=64))
+    transformers.set_seed(0)
+    config = transformers.BertConfig(vocab_size=len(built.tokenizer), hidden_size=32, num_hidden_layers=4,
+                                     num_attention_heads=2, intermediate_size=64, max_position_embeddings=96)  # fmt: skip
+    transformers.BertForMaskedLM(config).save_pretrained(folder / "tiny")
+    built.tokenizer.save_pretrained(folder / "tiny")
+    return folder / "tiny"
+
+
+# Metrics, by hand.
+
+
+def test_classification_metrics():
+    # tp 2, fp 1, fn 1, tn 2: accuracy 4/6, F1 2/3, MCC (2*2 - 1*1) / sqrt(3*3*3*3) = 1/3.
+    values = scores.classification([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0])
+    assert values == pytest.approx({"accuracy": 66.6667, "f1": 66.6667, "macro_f1": 66.6667, "mcc": 33.3333}, abs=1e-3)
+    assert scores.classification([0, 1, 2, 2], [0, 1, 2, 1])["macro_f1"] == pytest.approx(100 * (1 + 2 / 3 + 2 / 3) / 3)
+    with pytest.raises(ValueError, match="2 gold values and 1 predictions"):
+        scores.classification([1, 0], [1])
+
+
+def test_correlations():
+    # Ranks agree wholly; Pearson of (1,2,3) and (1,4,9): 8 / sqrt(2 * 98/3).
+    assert scores.correlation([1, 2, 3], [1, 4, 9]) == pytest.approx({"pearson": 800 / (2 * 98 / 3) ** 0.5, "spearman": 100})
+    assert scores.correlation([1, 2, 3], [3, 2, 1])["spearman"] == pytest.approx(-100)
+    assert scores.correlation([1, 2, 3], [2, 2, 2]) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_multirc_counts_a_question_only_when_all_its_answers_are_right():
+    values = scores.multirc(["a", "a", "b", "b"], [1, 0, 1, 0], [1, 0, 1, 1])
+    assert values["exact_match"] == 50 and values["f1"] == pytest.approx(80)  # precision 2/3, recall 1
+
+
+def test_entities_need_type_and_both_ends():
+    gold = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-ORG"]]
+    predicted = [["B-PER", "O", "O", "B-LOC"], ["O", "B-LOC"]]
+    # One of three predicted, one of three gold.
+    assert scores.entities(gold, predicted) == pytest.approx({"f1": 100 / 3, "precision": 100 / 3, "recall": 100 / 3})
+
+
+def test_squad_v1_scorer():
+    values = scores.squad([["The Eiffel Tower"], ["in 1889", "1889"], ["a red fox"]], ["eiffel tower!", "1889", "red dog"])
+    # Exact: 2 of 3. F1 of the third: one common word of two and two.
+    assert values == pytest.approx({"exact_match": 200 / 3, "f1": 100 * 2.5 / 3})
+
+
+def test_squad_v2_scorer_and_its_threshold():
+    gold, predicted = [["x"], [], ["y"], []], ["x", "z", "y", "w"]
+    values = scores.squad(gold, predicted, no_answer=[-3.0, -2.0, 1.0, 2.0])
+    # At 0 the first two are answered (right, wrong) and the last two not (wrong, right).
+    assert values["exact_match"] == values["f1"] == 50
+    # Answering the first only, or the first three: right are 1, 2 and 4, or 1, 3 and 4.
+    assert values["best_exact_match"] == values["best_f1"] == 75
+    # No threshold separates equal margins: all are answered (x, y right) or none is (2 and 4 right).
+    assert scores.squad(gold, predicted, no_answer=[0.5] * 4)["best_exact_match"] == 50
+    # The best can be to answer nothing at all.
+    assert scores.squad([[], []], ["a", "b"], no_answer=[-1.0, -2.0])["best_exact_match"] == 100
+
+
+def test_squad_threshold_is_that_of_a_search_over_all():
+    generator = random.Random(0)
+    for _ in range(50):
+        n = generator.randint(1, 12)
+        gold = [["x"] if generator.random() < 0.6 else [] for _ in range(n)]
+        predicted = [generator.choice("xy") for _ in range(n)]
+        margin = [generator.choice([-2.0, -1.0, 0.0, 1.0, 2.0]) for _ in range(n)]
+        tried = [
+            np.mean([(answers == ["x"] and said == "x") if m <= cut else not answers
+                     for answers, said, m in zip(gold, predicted, margin, strict=True)])
+            for cut in (-3, *margin)
+        ]  # fmt: skip
+        assert scores.squad(gold, predicted, margin)["best_exact_match"] == pytest.approx(100 * max(tried))
+
+
+@pytest.mark.parametrize(
+    "row, average",
+    [((61.3, 90.0, 92.7, 90.2, 89.9, 83.8, 86.3, 86.1, 93.5), 84.37),
+     ((65.6, 91.4, 93.8, 90.2, 89.9, 84.5, 87.1, 86.5, 94.2), 85.63)],
+    ids=["baseline", "sctd"],
+)  # fmt: skip
+def test_glue_average_is_formed_as_in_the_paper(row, average):
+    values = iter(row)
+    table = {task: {metric: next(values) for metric in TASKS[task].metrics} for task in SUITES["glue"]}
+    assert glue_average(table) == pytest.approx(average, abs=0.005)
+    del table["rte"]
+    assert glue_average(table) is None  # an incomplete suite has no average
+
+
+# Tasks and data.
+
+
+def test_recipes_are_the_papers():
+    table7 = {"cola": (2e-5, 32, 2668), "mrpc": (1e-5, 32, 1148), "stsb": (2e-5, 32, 1799), "rte": (1e-5, 16, 2036),
+              "mnli": (1e-5, 256, 15484), "sst2": (1e-5, 64, 10467)}  # fmt: skip
+    epochs = {"boolq": (1e-5, 16, 10), "cb": (2e-5, 16, 20), "multirc": (2e-5, 32, 10), "copa": (2e-5, 16, 10),
+              "squad": (3e-5, 12, 2), "squad_v2": (3e-5, 12, 2)}  # fmt: skip
+    for name, expected in {**table7, **epochs}.items():
+        recipe = TASKS[name].recipe
+        assert (recipe.learning_rate, recipe.batch, recipe.steps if name in table7 else recipe.epochs) == expected
+    assert {TASKS[n].recipe.max_length for n in ("squad", "squad_v2")} == {384}
+    assert all((task.recipe.steps is None) != (task.recipe.epochs is None) for task in TASKS.values())
+    assert all(name in TASKS for suite in SUITES.values() for name in suite)
+
+
+# Columns of the real data sets, as their pages on the Hub list them.
+REAL = {
+    "cola": "sentence label idx", "mrpc": "sentence1 sentence2 label idx", "stsb": "sentence1 sentence2 label idx",
+    "rte": "sentence1 sentence2 label idx", "mnli": "premise hypothesis label idx", "sst2": "sentence label idx",
+    "boolq": "question passage idx label", "cb": "premise hypothesis idx label",
+    "multirc": "paragraph question answer idx label", "copa": "premise choice1 choice2 question idx label",
+    "squad": "id title context question answers", "squad_v2": "id title context question answers",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_twins_have_the_real_schema_and_balanced_labels(name, twin_data):
+    task = TASKS[name]
+    for split in ("train", *task.splits):
+        raw = [json.loads(line) for line in (twin_data / name / f"{split}.jsonl").read_text().splitlines()]
+        assert all(set(row) == set(REAL[name].split()) for row in raw if name in REAL)
+        rows = sources.load(task, split, twin_data)
+        if task.classes:
+            counts = [sum(row[task.label] == i for row in rows) for i in range(len(task.classes))]
+            assert min(counts) == max(counts)
+    if task.no_answer:
+        assert {bool(row["answers"]["text"]) for row in rows} == {True, False}
+
+
+@pytest.mark.parametrize("name", ["mrpc", "cola"])
+def test_twins_that_ask_for_structure_are_closed_to_a_bag_of_words(name):
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    bag = CountVectorizer(token_pattern=r"\S+")
+    data = {s: twins.twin(name, s, 1500 if s == "train" else 600) for s in ("train", "validation")}
+    text = {s: [" ".join(str(row[column]) for column in TASKS[name].inputs) for row in rows] for s, rows in data.items()}
+    model = LogisticRegression(max_iter=300).fit(bag.fit_transform(text["train"]), [row["label"] for row in data["train"]])
+    accuracy = model.score(bag.transform(text["validation"]), [row["label"] for row in data["validation"]])
+    assert accuracy < 0.62
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv", "tsv", "conll"])
+def test_every_file_format_gives_the_same_rows(suffix, tmp_path):
+    import csv
+
+    import pyarrow
+    import pyarrow.parquet
+
+    task = TASKS["conll03" if suffix == "conll" else "rte"]
+    rows = twins.twin(task.name, "train", 10)
+    path = tmp_path / task.name / f"train.{suffix}"
+    path.parent.mkdir()
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == "conll":
+        sentences = ["\n".join(f"{w} X {t}" for w, t in zip(r["tokens"], r["ner_tags"], strict=True)) for r in rows]
+        path.write_text("-DOCSTART- -X- O\n\n" + "\n\n".join(sentences) + "\n")
+    else:
+        rows[0]["sentence1"] = 'a "quoted, comma'
+        with path.open("w", newline="") as file:
+            if suffix == "csv":
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.write("\t".join(rows[0]) + "\n")
+                file.writelines("\t".join(map(str, row.values())) + "\n" for row in rows)
+    columns = [*task.inputs, task.label]
+    loaded = sources.load(task, "train", tmp_path)
+    assert [[row[c] for c in columns] for row in loaded] == [[row[c] for c in columns] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("rte", '{"sentence1": "a", "sentence2": "b", "label": 7}', "line 1: column 'label' is '7', expected 0 (entailment)"),
+        ("rte", '{"sentence1": "a", "label": 0}', "column 'sentence2' is missing (there are: sentence1, label)"),
+        ("rte", '{"sentence1": "a"', "train.jsonl, line 1: not JSON"),
+        ("rte", "", "has no rows; columns: sentence1, sentence2; label"),
+        ("stsb", '{"sentence1": "a", "sentence2": "b", "label": 9}', "expected a number from 0 to 5"),
+        ("copa", '{"premise": "a", "choice1": "b", "choice2": "c", "question": "why", "label": 0}', "cause or effect"),
+        ("squad", '{"context": "a b", "question": "c", "answers": {"text": ["b"], "answer_start": [0]}}', "stand in the"),
+        ("squad", '{"context": "a b", "question": "c", "answers": {"text": [], "answer_start": []}}', "at least one"),
+        ("conll03", '{"tokens": ["a", "b"], "ner_tags": ["O"]}', "for each of 2 tokens"),
+        ("conll03", '{"tokens": ["a"], "ner_tags": [3]}', "with names in labels.json"),
+    ],
+)  # fmt: skip
+def test_malformed_data_is_one_line_that_names_place_and_schema(name, content, message, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "train.jsonl").write_text(content + "\n")
+    with pytest.raises(EvalError) as error:
+        sources.load(TASKS[name], "train", tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value) and "train.jsonl" in str(error.value)
+
+
+def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(EvalError, match=r"rte: no data \(.*rte/train.{parquet,.*fetch --to DIR --tasks rte"):
+        sources.load(TASKS["rte"], "train", tmp_path)
+    with pytest.raises(EvalError, match=r"sick: no data .*SICK_train.txt"):
+        sources.load(TASKS["sick"], "train", tmp_path)
+    with pytest.raises(EvalError, match=r"tense: no file .*past_present.txt.*SentEval"):
+        sources.load_probe("tense", tmp_path)
+
+
+def test_probe_files_are_read_and_checked(twin_data, tmp_path):
+    for name, (file, labels) in PROBES.items():
+        loaded = sources.load_probe(name, twin_data)
+        assert [len(loaded[split]) for split in ("train", "validation", "test")] == [120, 60, 60]
+        assert {label for rows in loaded.values() for label, _ in rows} == set(labels)
+        (tmp_path / file).write_text("tr\tWHAT\ta b\n")
+        with pytest.raises(EvalError, match="line 1"):
+            sources.load_probe(name, tmp_path)
+
+
+def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, monkeypatch):
+    """Against a stand-in of the Hub: RTE has splits, CoNLL03 has files and numbered tags."""
+    import datasets
+    import huggingface_hub
+
+    asked = []
+    tags = {"O": 0, "B-PER": 1, "I-PER": 2, "B-ORG": 3, "B-LOC": 4}
+
+    def load_dataset(repo, config=None, split=None, data_files=None):
+        asked.append(repo if data_files is None else Path(data_files[0]).name)
+        if data_files is None:
+            assert (repo, config) == ("nyu-mll/glue", "rte")
+            return twins.twin("rte", split, 20)
+        return [{"tokens": r["tokens"], "tags": [tags[t] for t in r["ner_tags"]]} for r in twins.twin("conll03", split, 20)]
+
+    def download(repo, name, repo_type, local_files_only):
+        assert (repo, repo_type, local_files_only) == ("tner/conll2003", "dataset", False)
+        path = tmp_path / "hub" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(tags))
+        return str(path)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    said = []
+    tasks = [TASKS["rte"], TASKS["conll03"], TASKS["sick"]]
+    assert sources.fetch(tasks, tmp_path / "data", said.append) == ["sick"]
+    assert asked == ["nyu-mll/glue", "nyu-mll/glue", "train.json", "valid.json"] and "SICK_train.txt" in said[-1]
+    asked.clear()
+    assert sources.load(TASKS["rte"], "train", tmp_path / "data")[3]["label"] == 1
+    assert sources.load(TASKS["conll03"], "train", tmp_path / "data")[0]["ner_tags"][0] == "B-PER"
+    sources.fetch(tasks, tmp_path / "data", said.append)
+    assert asked == []  # what is there is not fetched again
+    file = tmp_path / "data" / "rte" / "train.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(EvalError, match="SHA-256"):
+        sources.load(TASKS["rte"], "train", tmp_path / "data")
+
+
+# Fine-tuning.
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_runs_end_to_end(name, twin_data, model_folder):
+    task = TASKS[name]
+    result = finetune.finetune(Model("tiny", str(model_folder)), task, finetune.load_data(task, twin_data, False), 0, TINY)
+    assert set(task.metrics) <= set(result)
+    assert all(-100 <= value <= 100 for value in result.values())
+
+
+def test_fine_tuning_learns(twin_data, model_folder):
+    """A task that one word decides, with a rate for a tiny model: it must be learned, and not by the labels leaking."""
+    rows = [{"sentence": f"the {w} was {w}", "label": i % 2} for i, w in enumerate(["near", "behind"] * 60)]
+    task = finetune.with_recipe(TASKS["sst2"], learning_rate=3e-3, steps=40, batch=16)
+    learned = finetune.finetune(Model("tiny", str(model_folder)), task, {"train": rows, "validation": rows[:40]}, 0)
+    assert learned["accuracy"] == 100
+    shuffled = [{**row, "label": random.Random(i).randint(0, 1)} for i, row in enumerate(rows)]
+    guessed = finetune.finetune(Model("tiny", str(model_folder)), task, {"train": shuffled, "validation": shuffled[:40]}, 0)
+    assert guessed["accuracy"] < 85
+
+
+def test_outcomes_are_stored_per_seed_and_never_mixed(twin_data, model_folder, tmp_path, monkeypatch):
+    task, store = TASKS["cb"], tmp_path / "cb" / "seed0.json"
+    data = finetune.load_data(task, twin_data, False)
+    model = Model("tiny", str(model_folder))
+    first = finetune.finetune(model, task, data, 0, TINY, store)
+    assert first == finetune.finetune(model, task, data, 0, TINY)  # the seed decides everything
+    monkeypatch.setattr(finetune, "_run", lambda *_: pytest.fail("ran again"))
+    assert finetune.finetune(model, task, data, 0, TINY, store) == first
+    with pytest.raises(EvalError, match="another max_steps"):
+        finetune.finetune(model, task, data, 0, Limits(max_steps=3, max_train=48, max_eval=24), store)
+
+
+def test_few_shots_are_counted_in_mentions():
+    rows = twins.twin("ontonotes", "train", 3000)
+    task = TASKS["ontonotes"]
+    chosen = finetune.few_shot(rows, task, seed=1)
+    counts = {
+        kind: sum(tag == f"B-{kind}" for row in chosen for tag in row["tags"]) for kind in twins.ENTITY_TYPES["ontonotes"]
+    }
+    assert min(counts.values()) >= 32 and sorted(counts.values())[0] < 40
+    assert chosen == finetune.few_shot(rows, task, seed=1) != finetune.few_shot(rows, task, seed=2)
+
+
+def test_answers_are_found_in_windows(model_folder):
+    """Perfect logits give back every answer, also where the context needs several windows."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    rows = twins.twin("squad_v2", "validation", 30)
+    head = finetune.Spans(TASKS["squad_v2"], tokenizer, 32, {})
+    windows, training = head.examples(rows, training=False), head.examples(rows, training=True)
+    assert len(windows) == len(training) > len(rows)
+    start, end = np.zeros((2, len(windows), 32), dtype=np.float32)
+    for i, window in enumerate(training):
+        first, last = window["ends"]
+        start[i, first] = end[i, last] = 9 if first else 5
+    values = head.score(rows, (start, end))
+    assert values["exact_match"] == values["best_f1"] == 100
+
+
+def test_folders_that_are_no_models_are_named(tmp_path):
+    with pytest.raises(EvalError, match=r"no config.json and no tokenizer_config.json"):
+        Model("x", str(tmp_path)).check()
