@@ -169,7 +169,7 @@ class RunConfig:
     def flat(self) -> dict[str, Any]:
         """Every setting under its dotted key: what a checkpoint stores and a resumed run is compared with."""
         blocks = {**self.deepspeed, "sctd": self.sctd.model_dump(), "pretrain": self.pretrain.model_dump()}
-        return {".".join(path): value for path, value in _leaves(blocks)}
+        return {".".join(path): value for path, value in leaves(blocks)}
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), world_size: int = 1) -> RunConfig:
@@ -188,7 +188,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), 
     deepspeed = {key: value for key, value in raw.items() if key not in ("sctd", "pretrain")}
     _check_method(sctd, pretrain)
     check_deepspeed(deepspeed)
-    for path, value in _leaves(raw):
+    for path, value in leaves(raw):
         if value == "auto" and path not in _RESOLVED_AUTO:
             raise ConfigError(f'{".".join(path)} is "auto", which nothing here resolves: write the value itself')
     micro, accumulation = _resolve_batch(deepspeed, world_size)
@@ -228,13 +228,13 @@ def check_top_level(raw: Mapping[str, Any], extra: Iterable[str] = ()) -> None:
             raise ConfigError(f'unknown key "{key}"{_did_you_mean(key, known)}')
 
 
-def check_deepspeed(config: Mapping[str, Any]) -> None:
-    """Check DeepSpeed's nested blocks, with its own models where it has them, before anything is built."""
+def block_models() -> dict[str, type[BaseModel]]:
+    """DeepSpeed's own models of those nested blocks for which it has one."""
     from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    models = {
+    return {
         "zero_optimization": DeepSpeedZeroConfig,
         "fp16": DeepSpeedFP16Config,
         "bf16": DeepSpeedBF16Config,
@@ -242,7 +242,11 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
         "wandb": WandbConfig,
         "csv_monitor": CSVConfig,
     }
-    for key, model in models.items():
+
+
+def check_deepspeed(config: Mapping[str, Any]) -> None:
+    """Check DeepSpeed's nested blocks, with its own models where it has them, before anything is built."""
+    for key, model in block_models().items():
         if key in config:
             block = _block(config, key)
             try:
@@ -440,10 +444,11 @@ def _explain(error: ValidationError, where: str, known: Iterable[str]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
+    """Every innermost value of nested mappings, with its path."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
-            yield from _leaves(inner, (*path, key))
+            yield from leaves(inner, (*path, key))
     else:
         yield path, value
 
