@@ -56,14 +56,18 @@ def take_rows_kernel(
     b, rows, columns = _tile_of_program(n, D, ROWS, BLOCK_D)
     in_row = (columns < D)[None, :]
     index = tl.load(index_ptr + b * n + rows, mask=rows < n, other=-1)
+    taken = index >= 0
     value = tl.zeros([ROWS, BLOCK_D], dtype=out_ptr.dtype.element_ty)
+    # Two masked loads, of which one happens: a choice between two pointers would narrow the access to one element, and a load
+    # over the other's registers would wait for it.
     if HAS_A:
         a = a_ptr + (b * a_stride_b + index.to(tl.int64) * a_stride_s)
-        value = tl.load(a[:, None] + columns[None, :], mask=(index >= 0)[:, None] & in_row, other=value)
-    if HAS_B:  # a second masked load, as a choice between two pointers would narrow the access to one element
+        value = tl.load(a[:, None] + columns[None, :], mask=taken[:, None] & in_row, other=0.0)
+    if HAS_B:
         other = b_ptr + (b * b_stride_b + rows.to(tl.int64) * b_stride_s)
         untaken = (index < 0) & (rows < n)
-        value = tl.load(other[:, None] + columns[None, :], mask=untaken[:, None] & in_row, other=value)
+        other_value = tl.load(other[:, None] + columns[None, :], mask=untaken[:, None] & in_row, other=0.0)
+        value = tl.where(taken[:, None], value, other_value)
     out = out_ptr + (b * n + rows) * D
     tl.store(out[:, None] + columns[None, :], value, mask=(rows < n)[:, None] & in_row)
 
@@ -95,6 +99,7 @@ def _grid(B: int, n: int, D: int, sizes: dict[str, int]) -> tuple[int]:
 def _take_rows(index: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
     """`index` [B, n], `a` [B, m, D] and `b` [B, n, D], either of them None for zeros -> [B, n, D]."""
     like = a if a is not None else b
+    assert like is not None
     (B, n), D = index.shape, like.shape[2]
     sizes = tile(D, like.element_size())
     a, b = (None if t is None else unit_last_stride(t) for t in (a, b))

@@ -287,6 +287,19 @@ def test_compiles_without_a_graph_break(dynamic):
     assert_same(step(compiled), step(all_of_them))
 
 
+def test_compiled_code_does_not_overwrite_logits(monkeypatch):
+    """The compiler would copy the logits first, to keep its graph free of mutation: the copy that overwriting is to save."""
+
+    def refuse(*arguments):
+        raise AssertionError("the overwriting operator was called")
+
+    monkeypatch.setattr(cross_entropy, "cross_entropy_backward_op_", refuse)
+    compiled = torch.compile(all_of_them, fullgraph=True, backend="aot_eager")
+    step(compiled)
+    with pytest.raises(AssertionError, match="was called"):
+        step(all_of_them)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_under_activation_checkpointing(use_reentrant):
     def function(x, teacher, logits, scores, stats, ids, labels):

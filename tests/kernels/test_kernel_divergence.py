@@ -33,7 +33,7 @@ def test_example():
     teacher = torch.tensor([[0.0, 0.0], [1.0, 2.0]], device=DEVICE)
     student = torch.tensor([[0.0, 1.0], [1.0, 2.0]], device=DEVICE)
     kl = softmax_kl(teacher, student, backend="triton")
-    torch.testing.assert_close(kl.cpu(), torch.tensor([0.12011451, 0.0]), atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(kl.cpu(), torch.tensor([0.12011451, 0.0]), atol=5e-7, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

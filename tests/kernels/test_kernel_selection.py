@@ -71,6 +71,12 @@ def test_any_scores(data, S, B):
     check(scores, ids, keep, mask if mask is None else torch.tensor(mask, device=DEVICE))
 
 
+def test_signed_zeros_are_equal():
+    """The earlier position wins, whichever zero it holds."""
+    scores = torch.tensor([0.0, -0.0], device=DEVICE)
+    check(scores, torch.tensor([[0, 1, 0], [0, 0, 1]], device=DEVICE), 2)
+
+
 def test_any_strides():
     scores = torch.rand(200, device=DEVICE)[::2]
     ids = torch.randint(100, (50, 6), device=DEVICE).T[::2]
