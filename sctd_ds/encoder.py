@@ -162,7 +162,7 @@ class ScTD:
         if not self.config.shared_prefix:
             prefix = encoder.prefix(take_rows(batch, chosen))
         elif chosen != rows:
-            prefix = prefix[chosen.start :: chosen.step]
+            prefix = prefix[chosen.start :: chosen.step].contiguous()  # a strided view would compile a graph of its own
         return dropped, encoder.full_suffix(prefix, take_rows(batch, chosen).attention_mask), selection, chosen
 
 
