@@ -26,6 +26,7 @@ import sctd_ds
 from sctd_ds import checkpoint, config, data, job, probe, report
 from sctd_ds.engine import NonFiniteLossError, TrainingError
 from sctd_ds.metrics import Metrics
+from sctd_ds.pipeline import Pipeline
 from sctd_ds.schedule import kept_tokens
 from sctd_ds.validation import validate
 
@@ -73,8 +74,10 @@ def main(argv: list[str] | None = None) -> int:
 
     packed = job.prepare_data(arguments.data or run.pretrain.data, run)
     masker = data.Masker(packed.tokenizer, run.pretrain.seed, run.pretrain.mlm_probability)
-    loader = data.Loader(packed.train, masker, micro_batch=run.micro_batch, accumulation=run.accumulation, rank=rank,
-                         world=world, seed=run.pretrain.seed, num_workers=run.pretrain.num_workers)  # fmt: skip
+    # DeepSpeed numbers ranks stage by stage; all stages of a pipeline read the same rows.
+    loader = data.Loader(packed.train, masker, micro_batch=run.micro_batch, accumulation=run.accumulation,
+                         rank=rank % run.world_size, world=run.world_size, seed=run.pretrain.seed,
+                         num_workers=run.pretrain.num_workers)  # fmt: skip
     model = job.build_model(run, packed)
     shape = job.shape_of(model, run, packed)
     logger.info("%s", job.describe(model, run, packed))
@@ -86,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         logger.info("dry run: everything fits. Nothing was written.\n%s", job.forecast(run, shape, measured, folder))
         return 0
 
+    if run.pretrain.stages > 1:
+        model = Pipeline(model, stages=run.pretrain.stages, length=run.pretrain.seq_length)
     engine, *_ = sctd_ds.initialize(model=model, model_parameters=model.parameters(), config=run.deepspeed)
     # Ranks start from the same weights and go on with dropout of their own.
     torch.manual_seed(run.pretrain.seed + 1 + rank)
@@ -137,8 +142,8 @@ def train(engine: Any, loader: data.Loader, run: config.RunConfig, packed: data.
                 }, samples)  # fmt: skip
             last = step == options.steps
             if last or (options.validation_every and step % options.validation_every == 0 and engine.was_step_applied()):
-                batches = data.validation_batches(packed.validation, masker, batch_size=run.micro_batch, rank=rank,
-                                                  world=dist.get_world_size(),
+                batches = data.validation_batches(packed.validation, masker, batch_size=run.micro_batch,
+                                                  rank=rank % run.world_size, world=run.world_size,
                                                   max_batches=-(-options.validation_rows // run.micro_batch))  # fmt: skip
                 metrics.validation(step, validate(engine, batches), samples)
             if last or engine.stop_agreed or (options.save_every and step % options.save_every == 0):

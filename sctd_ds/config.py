@@ -101,6 +101,8 @@ class PretrainConfig(_Block):
     """Checkpoints kept; older ones are deleted after a newer one is complete."""
     probe_steps: int = Field(5, ge=0)
     """Timed steps of each kind at start-up, on a copy of the model, from which the saving is computed; 0: not measured."""
+    stages: int = Field(1, ge=1)
+    """Pipeline stages; the launcher's ranks are stages x replicas, and replicas are data parallel. 1: no pipeline."""
     num_workers: int = Field(0, ge=0)
     """Threads per rank that prepare batches ahead; they change speed only."""
     compile: bool | Literal["auto"] = "auto"
@@ -159,12 +161,18 @@ class RunConfig:
     micro_batch: int
     accumulation: int
     world_size: int
+    """Data-parallel ranks; with pipeline stages, replicas of the pipeline."""
     notes: tuple[str, ...] = ()
 
     @property
     def global_batch(self) -> int:
         """Rows per optimizer step, over all ranks and micro-batches."""
         return self.micro_batch * self.accumulation * self.world_size
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the run."""
+        return self.world_size * self.pretrain.stages
 
     def flat(self) -> dict[str, Any]:
         """Every setting under its dotted key: what a checkpoint stores and a resumed run is compared with."""
@@ -176,7 +184,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), 
     """Read, override, check and resolve a run's configuration.
 
     source: a JSON file, or its content as a mapping. overrides: "dotted.key=value", value in JSON or a bare word.
-    world_size: data-parallel ranks. Raises ConfigError.
+    world_size: processes of the run. Raises ConfigError.
     """
     raw, name = read_json(source)
     for item in overrides:
@@ -191,6 +199,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), 
     for path, value in leaves(raw):
         if value == "auto" and path not in _RESOLVED_AUTO:
             raise ConfigError(f'{".".join(path)} is "auto", which nothing here resolves: write the value itself')
+    world_size = _replicas(deepspeed, pretrain, world_size)
     micro, accumulation = _resolve_batch(deepspeed, world_size)
     _resolve_schedule(deepspeed, pretrain)
     notes = _resolve_precision(deepspeed, pretrain)
@@ -288,6 +297,33 @@ def _check_method(sctd: ScTDConfig, pretrain: PretrainConfig) -> None:
         raise ConfigError(
             f"pretrain.model has {layers} layers, but token dropping needs at least 4: one full, one cross, one kept-only "
             'and one last layer; use a deeper model or "method": "dense"'
+        )
+
+
+def _replicas(config: Mapping[str, Any], pretrain: PretrainConfig, ranks: int) -> int:
+    """How many pipelines the ranks form; says what a pipeline cannot do."""
+    stages = pretrain.stages
+    if stages == 1:
+        return ranks
+    check_stages(stages, model_arguments(pretrain).get("num_hidden_layers", 12), ranks)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage != 1:
+        why = "clips by the gradients of the first stage alone" if stage == 0 else "has no pipeline"
+        raise ConfigError(f"pretrain.stages={stages}: with zero_optimization.stage={stage} DeepSpeed {why}; use 1")
+    if config.get("pipeline", {}).get("activation_checkpoint_interval"):
+        raise ConfigError(
+            "pipeline.activation_checkpoint_interval cannot be used with token dropping: sctd.recompute_align saves memory"
+        )
+    return ranks // stages
+
+
+def check_stages(stages: int, layers: int, ranks: int) -> None:
+    """ConfigError for a number of pipeline stages that cannot be built."""
+    if stages > layers:
+        raise ConfigError(f"{stages} pipeline stages, but the model has {layers} encoder layers: use at most {layers} stages")
+    if ranks % stages:
+        raise ConfigError(
+            f"{ranks} ranks cannot form pipelines of {stages} stages: start a multiple of {stages} ranks (--num_gpus)"
         )
 
 

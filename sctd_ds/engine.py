@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class NonFiniteLossError(TrainingError):
         super().__init__(f"step {step}: the loss is not finite {where}; the weights are those of step {step - 1}")
 
 
-class StepLogic:
+class StepLogic(DeepSpeedEngine):
     """What a step, an importance table and a checkpoint need of any DeepSpeed engine: mixed in before the engine's class."""
 
     def _attach(self) -> None:
@@ -149,7 +150,7 @@ class StepLogic:
         return path, client
 
 
-class ScTDEngine(StepLogic, DeepSpeedEngine):
+class ScTDEngine(StepLogic):
     """DeepSpeed's data-parallel engine (ZeRO 0, 1, 2) with the method's schedule, importance table and checkpoints."""
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -194,7 +195,9 @@ def initialize(args: Any = None, model: torch.nn.Module | None = None, *rest: An
     if model is None:
         raise ValueError("sctd_ds.initialize needs model=")
     block = sctd_config if sctd_config is not None else sctd_block(given)
-    if block is not None:
+    if isinstance(model, PipelineModule):
+        _refuse_other(state_of(model).config, block)
+    elif block is not None:
         convert(model, block if isinstance(block, ScTDConfig) else ScTDConfig(**block))
     elif not hasattr(model, "_sctd"):
         raise ConfigError(
@@ -215,6 +218,17 @@ def attach(engine: Any) -> Any:
     engine.__class__ = ENGINES.get(type(engine), type(engine))
     engine._attach()
     return engine
+
+
+def _refuse_other(config: ScTDConfig, block: ScTDConfig | Mapping[str, Any] | None) -> None:
+    """A pipeline got its settings when it was built, and partitioned by them."""
+    wanted = block if isinstance(block, ScTDConfig) else ScTDConfig(**(block or {}))
+    for key in sorted(wanted.model_fields_set):
+        ours, theirs = getattr(config, key), getattr(wanted, key)
+        if ours != theirs:
+            raise ConfigError(
+                f"sctd.{key}={theirs!r}, but the pipeline was built with {ours!r}: build it with the same settings"
+            )
 
 
 def _refuse(zero_stage: int, sequence_parallel_size: int) -> None:

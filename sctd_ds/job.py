@@ -87,9 +87,11 @@ def shape_of(model: transformers.BertForMaskedLM, run: RunConfig, packed: data.P
 def describe(model: transformers.BertForMaskedLM, run: RunConfig, packed: data.PackedData) -> str:
     """The line a run starts with."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
+    stages = run.pretrain.stages
+    who = "ranks" if stages == 1 else f"pipelines of {stages} stages"
     return (
         f"{run.name}: {millions:.1f}M parameters, {len(packed.train):,} rows of {run.pretrain.seq_length} tokens to train on, "
-        f"{len(packed.validation):,} to validate; a step is {run.world_size} ranks x {run.micro_batch} rows x "
+        f"{len(packed.validation):,} to validate; a step is {run.world_size} {who} x {run.micro_batch} rows x "
         f"{run.accumulation} micro-batches"
     )
 

@@ -12,6 +12,8 @@ Legend: B rows, S tokens, K kept tokens, R rows of the full pass, d hidden size.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import time
 from collections import deque
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 from sctd_ds.adapters import Batch
 from sctd_ds.adapters.huggingface import BertAdapter
-from sctd_ds.config import ConfigError, ScTDConfig
+from sctd_ds.config import ConfigError, ScTDConfig, check_stages
 from sctd_ds.encoder import Pass, ScTD, Selection, convert, set_mode, state_of, take_rows
 from sctd_ds.engine import ENGINES, StepLogic
 from sctd_ds.objective import evaluate
@@ -48,14 +50,14 @@ class Streams:
     """Rows that the full pass runs on."""
     selection: Selection | None = None
     """None: there is no dropped pass."""
-    x: Tensor | None = None
+    x: Any = None
     """Dropped pass, all tokens [B, S, d]; behind the cross layer only the dropped ones are still read."""
-    y: Tensor | None = None
+    y: Any = None
     """Dropped pass, kept tokens [B, K, d], from the cross layer on."""
-    full: Tensor | None = None
+    full: Any = None
     """Full pass [R, S, d], from where the passes part."""
     dropped_pass: Pass | None = None
-    full_pass: Pass | None = None
+    full_pass: Any = None
     """Results of the last layer."""
 
 
@@ -88,7 +90,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, streams: Streams) -> Streams:
         i, encoder, rows, selection = self.index, self.state.encoder, streams.rows, streams.selection
-        plan, mask = encoder.plan, streams.batch.attention_mask
+        plan: Any = encoder.plan
+        mask = streams.batch.attention_mask
         if selection is not None and i == plan.cross and len(rows) and streams.full is None:
             streams.full = streams.x[rows.start :: rows.step]
         if streams.full is not None:
@@ -151,7 +154,7 @@ class Pipeline(PipelineModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         config: ScTDConfig | None = None,
         *,
         stages: int,
@@ -184,7 +187,8 @@ class Pipeline(PipelineModule):
         # Set before nn.Module's own __init__, which allows plain values only; the model must not become a submodule, because
         # DeepSpeed is to see the stage's own weights.
         self.__dict__.update(plain_model=model, _sctd=state, _boundaries=tuple(boundaries), _first_layer=first_layer)
-        super().__init__(specs, num_stages=stages, partition_method="flops")
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints here, past its logger
+            super().__init__(specs, num_stages=stages, partition_method="flops")
         self._batches: deque[Batch] = deque()
         self._release(embeddings, head)
 
@@ -197,7 +201,7 @@ class Pipeline(PipelineModule):
         """The micro-batches of the coming forward passes, in order."""
         self._batches = deque(batches)
 
-    def forward(self, received: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, received: Any) -> Tensor | tuple[Tensor, ...]:
         """One micro-batch through this stage. received: the former stage's packed tensors; the first stage ignores it."""
         batch, state = self._batches.popleft(), self._sctd
         rows = full_rows(state, batch)
@@ -362,23 +366,13 @@ def balance(state: ScTD, sizes: Any, stages: int, length: int | None = None) -> 
     costs = [mean_cost(state.config, {mode: flops[mode][i] for mode in modes}) for i in range(shape.layers + 1)]
     costs[-2:] = [costs[-2] + costs[-1]]
     # best[n]: the least possible maximum for the first n layers, and its boundaries; one stage more in each round.
-    best = {n: (sum(costs[:n]), ()) for n in range(1, shape.layers + 1)}
+    best: dict[int, tuple[float, tuple[int, ...]]] = {n: (sum(costs[:n]), ()) for n in range(1, shape.layers + 1)}
     for _ in range(1, stages):
         best = {
             n: min((max(best[m][0], sum(costs[m:n])), (*best[m][1], m)) for m in best if m < n)
             for n in range(min(best) + 1, shape.layers + 1)
         }
     return best[shape.layers][1]
-
-
-def check_stages(stages: int, layers: int, ranks: int) -> None:
-    """ConfigError for a number of stages that cannot be built."""
-    if stages > layers:
-        raise ConfigError(f"{stages} pipeline stages, but the model has {layers} encoder layers: use at most {layers} stages")
-    if ranks % stages:
-        raise ConfigError(
-            f"{ranks} ranks cannot form pipelines of {stages} stages: start a multiple of {stages} ranks (--num_gpus)"
-        )
 
 
 def _placeholders(micro: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:

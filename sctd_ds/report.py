@@ -70,7 +70,10 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, folder: Path) -> di
         "mfu": None,
         "peak_memory_bytes": None,
         "environment": env,
-        "ranks": run.world_size,
+        "ranks": run.ranks,
+        "stages": run.pretrain.stages,
+        "micro_batches": run.accumulation,
+        "bubble_share": None,
         "global_batch": run.global_batch,
         "seq_length": shape.length,
     }
@@ -82,7 +85,7 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, folder: Path) -> di
             report["tokens_per_s"] = report["samples_per_s"] * shape.length
             peak = next((value for name, value in PEAK_FLOPS.items() if name in env["device"]), None)
             if peak:
-                done = mean_cost(run.sctd, flops) * report["samples_per_s"] / run.world_size
+                done = mean_cost(run.sctd, flops) * report["samples_per_s"] / run.ranks
                 report["mfu"] = done / peak
     if get_accelerator().device_name() != "cpu":
         report["peak_memory_bytes"] = get_accelerator().max_memory_allocated()
@@ -90,7 +93,10 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, folder: Path) -> di
         report["step_ms"] = probe.step_ms
         report["probe"] = probe.to_json()
         report["time_saved"] = probe.time_saved(run)
-        report["time_saved_against_huggingface"] = probe.time_saved(run, HUGGING_FACE)
+        if HUGGING_FACE in probe.step_ms:
+            report["time_saved_against_huggingface"] = probe.time_saved(run, HUGGING_FACE)
+        if probe.bubble_share:
+            report["bubble_share"] = probe.bubble_share
     return report
 
 
@@ -129,10 +135,16 @@ def saving_text(report: Mapping[str, Any]) -> list[str]:
     kinds = ", ".join(f"{names.get(kind, kind)} {ms:.0f} ms" for kind, ms in report["step_ms"].items())
     lines = [f"  one step         {kinds}"]
     if report["method"] != "dense":
-        lines.append(
-            f"  time saved       {report['time_saved']:.1%} against our dense step (its operations say "
-            f"{report['flops_saved']:.1%}), {report['time_saved_against_huggingface']:.1%} against untouched Hugging Face"
-        )
+        expected = f"(its operations say {report['flops_saved']:.1%})"
+        line = f"  time saved       {report['time_saved']:.1%} against our dense step {expected}"
+        if report["time_saved_against_huggingface"] is not None:
+            line += f", {report['time_saved_against_huggingface']:.1%} against untouched Hugging Face"
+        lines.append(line)
+    if report["bubble_share"]:
+        stages, micro = report["stages"], report["micro_batches"]
+        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in report["bubble_share"].items())
+        lines.append(f"  bubble           {shares} of a step; even stages and free messages would leave "
+                     f"{(stages - 1) / (micro + stages - 1):.0%} ({stages} stages, {micro} micro-batches)")  # fmt: skip
     return lines
 
 
