@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check format kernels-compile clean
+.PHONY: demo test check format kernels-compile kernels-compile-oldest clean
 
 $(VENV)/installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,8 +29,13 @@ test: check kernels-compile
 	$(BIN)/python -m pytest -q tests/kernels
 	$(BIN)/python -m pytest -q --ignore=tests/kernels
 
+# Cubins for sm_80 and sm_90, no GPU needed: with the installed Triton, and with the oldest one we support.
 kernels-compile: $(VENV)/installed
-	$(BIN)/python kernels/compile_all.py
+	$(BIN)/python -W ignore kernels/compile_all.py
+
+kernels-compile-oldest: $(VENV)/installed
+	test -d $(VENV)/triton-3.6 || $(BIN)/python -m pip install -q --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
+	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -W ignore kernels/compile_all.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs data
