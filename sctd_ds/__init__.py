@@ -10,6 +10,8 @@ from sctd_ds.encoder import convert, importance, revert, set_mode
 if TYPE_CHECKING:
     from sctd_ds.engine import ScTDEngine, initialize
     from sctd_ds.huggingface import export
+    from sctd_ds.pipeline import Pipeline, ScTDPipelineEngine
+    from sctd_ds.trainer import ScTDCallback, StepClock
 
 try:
     __version__ = version("sctd_ds")
@@ -20,8 +22,12 @@ __all__ = [
     "Adapter",
     "Batch",
     "ConfigError",
+    "Pipeline",
+    "ScTDCallback",
     "ScTDConfig",
     "ScTDEngine",
+    "ScTDPipelineEngine",
+    "StepClock",
     "convert",
     "export",
     "importance",
@@ -31,11 +37,19 @@ __all__ = [
     "set_mode",
 ]
 
-_LAZY = {"initialize": "engine", "ScTDEngine": "engine", "export": "huggingface"}
+_LAZY = {
+    "initialize": "engine",
+    "ScTDEngine": "engine",
+    "export": "huggingface",
+    "Pipeline": "pipeline",
+    "ScTDPipelineEngine": "pipeline",
+    "ScTDCallback": "trainer",
+    "StepClock": "trainer",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import DeepSpeed only when it is used: `convert` and `set_mode` do without."""
+    """Import DeepSpeed and transformers only when they are used: `convert` and `set_mode` do without."""
     if name in _LAZY:
         from importlib import import_module
 

@@ -1,0 +1,162 @@
+"""The method in training loops that are not ours: the Hugging Face Trainer, and loops written with Accelerate.
+
+There no engine of ours sees the steps, so somebody has to say when one begins and when it was applied: `StepClock` by hand,
+`ScTDCallback` for the Trainer, both with and without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from sctd_ds.config import ConfigError, ScTDConfig, sctd_block
+from sctd_ds.encoder import convert, importance, set_mode, state_of
+from sctd_ds.schedule import Mode, step_mode
+
+logger = logging.getLogger(__name__)
+
+
+class StepClock:
+    """Counts applied optimizer steps of a converted model, sets what each does, and keeps the importance table current.
+
+        clock = sctd_ds.StepClock(model)               # after sctd_ds.convert(model, config)
+        accelerator.register_for_checkpointing(clock)  # saved and restored with the rest
+        for micro_batches in ...:
+            clock.begin()                              # before the first forward of an optimizer step
+            ...                                        # forward, backward, optimizer.step()
+            clock.end(skipped=accelerator.optimizer_step_was_skipped)
+
+    Every rank calls both.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        state_of(model)  # refuses a model that is not converted
+        self._model = model
+        self.applied_steps = 0
+
+    def begin(self) -> Mode:
+        """Set the model to what the next optimizer step does, and return it."""
+        step = self.applied_steps + 1
+        mode = step_mode(state_of(self._model).config, step)
+        set_mode(self._model, mode, step)
+        return mode
+
+    def end(self, skipped: bool = False) -> None:
+        """Finish an optimizer step: learn from it, over all ranks, or forget it where it was skipped (fp16 overflow)."""
+        table = importance(self._model)
+        if skipped:
+            table.discard()
+            return
+        table.update()
+        self.applied_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count and the table."""
+        return {"applied_steps": self.applied_steps, "importance": importance(self._model).state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self.applied_steps = int(state["applied_steps"])
+        importance(self._model).load_state_dict(state["importance"])
+
+
+class ScTDCallback(TrainerCallback, ExportableState):
+    """Train with ScTD in the Hugging Face Trainer: `Trainer(..., callbacks=[sctd_ds.ScTDCallback(config)])`.
+
+    config: the method; None takes the "sctd" block of the DeepSpeed configuration in the training arguments. With
+    keep_token_ids="auto" the ids come from the Trainer's processing_class, if it has one. The model is converted when the
+    Trainer is made. The table travels in the checkpoint's trainer_state.json, so resume_from_checkpoint goes on exactly.
+    Raises ValueError for settings of the Trainer that cannot work with token dropping.
+    """
+
+    def __init__(self, config: ScTDConfig | Mapping[str, Any] | None = None) -> None:
+        self._config = config if config is None or isinstance(config, ScTDConfig) else ScTDConfig(**config)
+        self.clock: StepClock | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Convert the model."""
+        self._start(args, parts["model"], parts.get("processing_class"))
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Check what the Trainer has become by now, and take up the table of the checkpoint that it resumed from."""
+        # A Trainer that restores callbacks from a checkpoint makes a new one, which saw no on_init_end.
+        clock = self.clock or self._start(args, parts["model"], parts.get("processing_class"))
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"the Trainer would replicate the model on {args.n_gpu} GPUs in one process (DataParallel), and replicas "
+                "cannot fill one importance table: start one process per GPU (deepspeed, torchrun or accelerate launch)"
+            )
+        if args.label_smoothing_factor:
+            raise ConfigError(
+                "label_smoothing_factor takes the loss outside the model, from logits that a training forward with token "
+                "dropping does not have: set it to 0"
+            )
+        # Read off the checkpoint, where it has us; else our place in the next one, which the Trainer expects to be there.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
+        if not state.global_step:
+            return
+        saved = saved[-1] if isinstance(saved, list) else saved
+        if "saved" not in saved.get("attributes", {}):
+            logger.warning("the checkpoint holds no importance table (a dense run's?): the table starts anew")
+            clock.applied_steps = state.global_step
+            return
+        clock.load_state_dict(_decode(saved["attributes"]["saved"]))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Set what the optimizer step does."""
+        assert self.clock is not None
+        self.clock.begin()
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Learn from the step."""
+        assert self.clock is not None
+        self.clock.end(skipped=bool(getattr(parts["optimizer"], "step_was_skipped", False)))
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer stores in trainer_state.json: settings, count and table."""
+        config = None if self._config is None else self._config.model_dump()
+        attributes = {} if self.clock is None else {"saved": _encode(self.clock.state_dict())}
+        return {"args": {"config": config}, "attributes": attributes}
+
+    def _start(self, args: TrainingArguments, model: nn.Module, tokenizer: Any) -> StepClock:
+        config = self._config
+        if config is None:
+            block = sctd_block(args.deepspeed) if args.deepspeed else None
+            if block is None:
+                raise ConfigError(
+                    'no ScTD settings: pass ScTDCallback(config), or add an "sctd" block to the DeepSpeed configuration of the '
+                    "training arguments"
+                )
+            config = ScTDConfig(**block)
+        if config.keep_token_ids == "auto" and tokenizer is not None:
+            names = ("unk_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+            ids = sorted({i for name in names if (i := getattr(tokenizer, name, None)) is not None})
+            config = config.model_copy(update={"keep_token_ids": ids})
+        self._config = config
+        self.clock = StepClock(convert(model, config))
+        return self.clock
+
+
+def _encode(value: Any) -> Any:
+    """Tensors in nested dicts as JSON: type, and the bytes in base64, which keeps every bit of an fp32 table."""
+    if isinstance(value, Tensor):
+        array = value.numpy()
+        return {"dtype": str(array.dtype), "base64": base64.b64encode(array.tobytes()).decode("ascii")}
+    return {key: _encode(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def _decode(value: Any) -> Any:
+    """The inverse of `_encode`."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"dtype", "base64"}:
+        return torch.from_numpy(np.frombuffer(base64.b64decode(value["base64"]), value["dtype"]).copy())
+    return {key: _decode(inner) for key, inner in value.items()}

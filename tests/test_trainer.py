@@ -1,0 +1,188 @@
+"""The Hugging Face Trainer and Accelerate: schedule by optimizer steps, table with the checkpoints, exact resume."""
+
+import json
+from types import SimpleNamespace
+
+import accelerate
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT, launch
+from trainer_scenarios import KEPT_IDS, METHOD, VOCABULARY, Text, model, train
+
+import sctd_ds
+
+KINDS = ["drop", "drop", "align", "drop", "drop", "align", "drop"]
+TWICE = [kind for kind in KINDS for _ in range(2)]  # two micro-batches a step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Seven steps without a stop, in this process, and their folder."""
+    folder = tmp_path_factory.mktemp("trainer")
+    return train(folder), folder
+
+
+def assert_same(one, other):
+    assert torch.equal(one.scores, other.scores)
+    assert all(map(torch.equal, one.weights, other.weights))
+
+
+def test_schedule_counts_optimizer_steps(whole):
+    run, _ = whole
+    assert run.modes == TWICE and run.applied == 7
+    assert run.losses[-1] < run.losses[0]
+    assert (run.scores != 10.0).sum() > len(KEPT_IDS)
+
+
+@pytest.mark.parametrize("restore", [False, True], ids=["given", "restored-by-the-trainer"])
+def test_resuming_goes_on_exactly(whole, restore):
+    run, folder = whole
+    resumed = train(folder, resume=folder / "checkpoint-4", restore_callback_states_from_checkpoint=restore)
+    assert resumed.applied == 7 and resumed.modes == TWICE[8:]
+    assert_same(resumed, run)
+    assert resumed.losses[-3:] == run.losses[-3:]
+
+
+def test_a_checkpoint_holds_the_table_to_the_bit_and_plain_weights(whole):
+    run, folder = whole
+    stored = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]["ScTDCallback"]
+    assert stored["args"]["config"]["interval"] == METHOD["interval"]
+    assert stored["attributes"]["saved"]["applied_steps"] == 4
+    loaded = type(run.trainer.model).from_pretrained(folder / "checkpoint-7")
+    assert all(map(torch.equal, loaded.parameters(), run.weights))
+
+
+def test_a_dense_checkpoint_goes_on_with_a_new_table(tmp_path, caplog):
+    train(tmp_path, callback=False, steps=4)
+    run = train(tmp_path, resume=tmp_path / "checkpoint-4")
+    assert "holds no importance table" in caplog.text
+    assert run.applied == 7 and run.modes == TWICE[8:]
+
+
+def test_dense_steps_are_what_the_trainer_does_by_itself_up_to_the_weighing_of_micro_batches(tmp_path):
+    """With one micro-batch a step there is nothing to weigh, and both are the same training."""
+    method = {"method": "dense", "keep_token_ids": KEPT_IDS}
+    ours = train(tmp_path / "ours", config=method, dropout=0.0, accumulation=1)
+    theirs = train(tmp_path / "theirs", callback=False, dropout=0.0, accumulation=1)
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)
+    for a, b in zip(ours.weights, theirs.weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_accumulation_weighs_tokens_and_not_micro_batches(tmp_path):
+    """One step over four rows of different numbers of labels: alike in one micro-batch and in two."""
+    two = train(tmp_path / "two", dropout=0.0, steps=1, rows=2, accumulation=2)
+    one = train(tmp_path / "one", dropout=0.0, steps=1, rows=4, accumulation=1)
+    assert two.losses == pytest.approx(one.losses, rel=1e-4)
+    torch.testing.assert_close(two.scores, one.scores, rtol=1e-5, atol=1e-5)
+
+
+def test_special_tokens_come_from_the_tokenizer(tmp_path):
+    tokenizer = SimpleNamespace(unk_token_id=7, cls_token_id=8, sep_token_id=9, mask_token_id=None)
+    callback = sctd_ds.ScTDCallback(sctd_ds.ScTDConfig())
+    bert = model()
+    callback.on_init_end(SimpleNamespace(deepspeed=None), None, None, model=bert, processing_class=tokenizer)
+    scores = sctd_ds.importance(bert).scores
+    assert (scores == 1e4).nonzero().flatten().tolist() == [7, 8, 9]
+
+
+def test_a_skipped_step_is_forgotten_and_not_counted():
+    bert = sctd_ds.convert(model(), sctd_ds.ScTDConfig(**METHOD))
+    clock, rows = sctd_ds.StepClock(bert), Text().rows[:4]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    kinds = []
+    for skipped in (False, True, False, True, False):
+        kinds.append(clock.begin())
+        before = sctd_ds.importance(bert).scores.clone()
+        bert(**batch).loss.backward()
+        clock.end(skipped=skipped)
+        assert torch.equal(before, sctd_ds.importance(bert).scores) == skipped
+    assert kinds == ["drop", "drop", "drop", "align", "align"] and clock.applied_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"n_gpu": 2, "label_smoothing_factor": 0.0}, "DataParallel"),
+        ({"n_gpu": 0, "label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+    ],
+)
+def test_trainer_settings_that_cannot_work(arguments, words):
+    callback = sctd_ds.ScTDCallback(METHOD)
+    callback.on_init_end(SimpleNamespace(deepspeed=None), None, None, model=model())
+    with pytest.raises(ValueError, match=words):
+        callback.on_train_begin(SimpleNamespace(**arguments), SimpleNamespace(global_step=0), None, model=None)
+
+
+def test_settings_must_come_from_somewhere():
+    with pytest.raises(ValueError, match="ScTDCallback"):
+        sctd_ds.ScTDCallback().on_init_end(SimpleNamespace(deepspeed={"zero_optimization": {}}), None, None, model=model())
+    with pytest.raises(ValueError, match="intervall"):
+        sctd_ds.ScTDCallback({"intervall": 3})
+
+
+def test_an_accelerate_loop_saves_and_resumes_exactly(tmp_path):
+    """bf16, so that Accelerate wraps the forward of the converted model."""
+
+    def loop(steps: int, resume: bool = False):
+        AcceleratorState._reset_state(reset_partial_state=True)  # another test's, without bf16
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        bert = sctd_ds.convert(model(), sctd_ds.ScTDConfig(**METHOD))
+        clock = sctd_ds.StepClock(bert)
+        optimizer = torch.optim.AdamW(bert.parameters(), lr=1e-2)
+        bert, optimizer = accelerator.prepare(bert, optimizer)
+        accelerator.register_for_checkpointing(clock)
+        if resume:
+            accelerator.load_state(str(tmp_path))
+        kinds, rows = [], Text().rows
+        for step in range(clock.applied_steps, steps):
+            kinds.append(clock.begin())
+            batch = {key: torch.stack([row[key] for row in rows[4 * step : 4 * step + 4]]) for key in rows[0]}
+            accelerator.backward(bert(**batch).loss)
+            optimizer.step()
+            clock.end(skipped=accelerator.optimizer_step_was_skipped)
+            optimizer.zero_grad()
+            if not resume and step == 3:
+                accelerator.save_state(str(tmp_path))
+        return kinds, sctd_ds.importance(bert).scores, list(accelerator.unwrap_model(bert).parameters())
+
+    kinds, scores, weights = loop(7)
+    resumed_kinds, resumed_scores, resumed_weights = loop(7, resume=True)
+    assert kinds == KINDS and resumed_kinds == KINDS[4:]
+    assert torch.equal(scores, resumed_scores) and all(map(torch.equal, weights, resumed_weights))
+    assert scores.dtype == torch.float32 and len(scores) == VOCABULARY
+
+
+# Two ranks, with and without DeepSpeed
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launched")
+    done = launch(ROOT / "tests" / "trainer_scenarios.py", folder, ranks=2)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["plain", "deepspeed"])
+def test_on_two_ranks(results, name):
+    for rank in results:
+        assert rank["world"] == 2
+        assert rank[name]["modes"] == TWICE and rank[name]["applied"] == 7
+        assert torch.equal(rank[name]["scores"], results[0][name]["scores"])
+        assert (rank[name]["scores"] != 10.0).sum() > len(KEPT_IDS)
+    assert results[0]["deepspeed engine"]["stage"] == 2
+
+
+@pytest.mark.parametrize("name", ["plain", "deepspeed"])
+def test_resuming_on_two_ranks_goes_on_exactly(results, name):
+    for rank in results:
+        run, resumed = rank[name], rank[f"{name} resumed"]
+        assert resumed["modes"] == TWICE[8:] and resumed["applied"] == 7
+        assert torch.equal(run["scores"], resumed["scores"])
+        assert all(map(torch.equal, run["weights"], resumed["weights"]))
+
+
+def test_deepspeed_or_not_is_the_same_training(results):
+    assert results[0]["plain"]["losses"] == pytest.approx(results[0]["deepspeed"]["losses"], rel=2e-2)
