@@ -50,6 +50,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="change one key of the file, dotted: sctd.interval=20; repeatable")  # fmt: skip
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY",
                         help="on resume, accept another value of this key, for example pretrain.steps; repeatable")  # fmt: skip
+    parser.add_argument("--start-from", metavar="CHECKPOINT", type=Path,
+                        help="with nothing to continue: start from another run's checkpoint (RUN/checkpoints/step_...), also "
+                        "one of other pipeline stages, ranks or ZeRO stage; exact but for dropout's draws")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, build the model, time two steps of "
                         "each kind, forecast the run; write nothing")  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
@@ -99,6 +102,10 @@ def main(argv: list[str] | None = None) -> int:
         position = checkpoint.load(engine, found, settings, tuple(arguments.allow_change))
         loader.load_state_dict({"position": position})
         logger.info("continuing from %s", found)
+    elif arguments.start_from:
+        position = checkpoint.start(engine, arguments.start_from, settings, tuple(arguments.allow_change))
+        loader.load_state_dict({"position": position})
+        logger.info("starting from %s", arguments.start_from)
 
     stopped = train(engine, loader, run, packed, masker, folder, settings)
     if stopped:

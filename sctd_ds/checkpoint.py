@@ -9,6 +9,7 @@ disk, and only then renamed. So a folder with a final name is complete; what it 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -19,16 +20,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_set_full_fp32_param
+from torch import Tensor
 
 from sctd_ds import config as configuration
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8})$")
+_SHARD = re.compile(r"zero_pp_rank_(\d+)_(mp_rank_\d+)_optim_states\.pt$")
 _PARTIAL = "partial-"
 _MANIFEST = "manifest.json"
 _SETTINGS = "settings.json"
+
+
+LAYOUT_KEYS = (
+    "pretrain.stages", "zero_optimization", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "sctd.recompute_align",
+)  # fmt: skip
+"""Settings that spread the same training differently; `start` accepts other values of them."""
 
 
 class CheckpointError(RuntimeError):
@@ -96,15 +108,9 @@ def load(engine: Any, checkpoint: Path, settings: Mapping[str, Any], allow_chang
     if stored["world_size"] != dist.get_world_size():
         raise CheckpointError(
             f"{checkpoint} was written by {stored['world_size']} ranks, this run has {dist.get_world_size()}: ZeRO keeps one "
-            "share of the optimizer per rank. Start with the same number of ranks, or with --resume never and another output"
+            "share of the optimizer per rank. Start with the same number of ranks, or use another --output and --start-from"
         )
-    changed = configuration.differences(stored["settings"], json.loads(json.dumps(settings)), allow_change)
-    if changed:
-        raise CheckpointError(
-            f"{checkpoint} was trained with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nUse the same settings, choose another --output, or allow a change with --allow-change KEY"
-        )
+    _compare(checkpoint, stored["settings"], settings, allow_change)
     try:
         path, client = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     except (RuntimeError, KeyError, EOFError) as error:
@@ -112,6 +118,95 @@ def load(engine: Any, checkpoint: Path, settings: Mapping[str, Any], allow_chang
     if path is None:
         raise CheckpointError(f"{checkpoint} cannot be loaded: DeepSpeed found no model file in it")
     return client["position"]
+
+
+def start(engine: Any, checkpoint: Path, settings: Mapping[str, Any], allow_change: tuple[str, ...] = ()) -> int:
+    """Go on from a checkpoint of another layout: other pipeline stages, ranks, ZeRO stage or split of the batch.
+
+    Weights, optimizer, learning rate, importance table, step and data position are those of the checkpoint; dropout draws
+    anew. Returns the loader's position. Raises CheckpointError for other settings, and for what is no such checkpoint.
+    """
+    problem = verify(checkpoint)
+    if problem:
+        raise CheckpointError(problem)
+    stored = json.loads((checkpoint / _SETTINGS).read_text(encoding="utf-8"))
+    _compare(checkpoint, stored["settings"], settings, (*allow_change, *LAYOUT_KEYS))
+    try:
+        return restore(engine, checkpoint)
+    except (RuntimeError, KeyError, EOFError) as error:
+        raise CheckpointError(f"{checkpoint} cannot be loaded ({error})") from error
+
+
+def restore(engine: Any, folder: Path) -> int:
+    """Put what any layout of ours saved (ZeRO 1 or 2) into an engine of any layout; returns the stored "position", or 0."""
+    models = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    weights, moments, groups, scalars = {}, {}, [], []
+    for model in models:
+        client = torch.load(model, map_location="cpu", weights_only=False)
+        pieces = _by_parameter(folder, model.name.removesuffix("_model_states.pt"), client["sctd"]["names"])
+        weights.update(pieces[0])
+        moments.update(pieces[1])
+        groups, scalars = pieces[2], pieces[3]
+    if not weights:
+        raise KeyError("no ZeRO 1 or 2 optimizer files in it")
+    names, zero = engine.parameter_names(), engine.optimizer
+    for name, parameter in engine.module.named_parameters():
+        value = weights[names[name]].to(parameter.device)
+        parameter.data.copy_(value.view_as(parameter))
+        safe_set_full_fp32_param(parameter, value)
+    base = zero.optimizer
+    names_of = {parameter: names[name] for name, parameter in engine.module.named_parameters()}
+    layout = zip(base.param_groups, zero.bit16_groups, groups, scalars, strict=True)
+    for group, parameters, saved, shared in layout:
+        group.update({key: value for key, value in saved.items() if key != "params"})
+        (flat,) = group["params"]  # this rank's share of the group
+        state = {key: torch.zeros_like(flat) for key in moments[names_of[parameters[0]]]}
+        for parameter in parameters:
+            fragment = parameter._hp_mapping  # None where another rank has it all
+            for key in state if fragment else ():
+                here, there = fragment.hp_fragment_address, fragment.lp_fragment_address
+                value = moments[names_of[parameter]][key].narrow(0, there.start, there.numel)
+                state[key].narrow(0, here.start, here.numel).copy_(value)
+        base.state[flat] = {**state, **copy.deepcopy(shared)}
+    if engine.lr_scheduler is not None and client["lr_scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(client["lr_scheduler"])
+    engine.global_steps, engine.skipped_steps = client["global_steps"], client["skipped_steps"]
+    engine.global_samples = client["global_samples"]
+    engine.sctd.importance.to(engine.device)
+    engine.sctd.importance.load_state_dict(client["sctd"]["importance"])
+    return client.get("position", 0)
+
+
+Pieces = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], list[dict[str, Any]], list[dict[str, Any]]]
+
+
+def _by_parameter(folder: Path, stage: str, names: Mapping[str, str]) -> Pieces:
+    """A stage's ZeRO shards put together: fp32 weights and optimizer states by the model's names, flat; and for each
+    parameter group its options and what its state holds once for all (the step)."""
+    shards = {int(match[1]): file for file in folder.iterdir() if (match := _SHARD.search(file.name)) and match[2] == stage}
+    weights: dict[str, list[Tensor]] = {}
+    moments: dict[str, dict[str, list[Tensor]]] = {}
+    groups: list[dict[str, Any]] = []
+    scalars: list[dict[str, Any]] = []
+    # Each rank's shard is one flat tensor; it says which parameters' fragments lie in it, and ranks follow each other.
+    for rank in sorted(shards):
+        saved = torch.load(shards[rank], map_location="cpu", weights_only=False)["optimizer_state_dict"]
+        base = saved["base_optimizer_state"]
+        groups, scalars = base["param_groups"], []
+        for i, (flat, fragments) in enumerate(
+            zip(saved["single_partition_of_fp32_groups"], saved["param_slice_mappings"], strict=True)
+        ):
+            state = base["state"][i]
+            whole = {key: value for key, value in state.items() if getattr(value, "numel", int)() == flat.numel()}
+            scalars.append({key: value for key, value in state.items() if key not in whole})
+            for name, fragment in fragments.items():
+                place = slice(fragment.start, fragment.start + fragment.numel)
+                weights.setdefault(names[name], []).append(flat[place])
+                own = moments.setdefault(names[name], {})
+                for key, value in whole.items():
+                    own.setdefault(key, []).append(value[place])
+    joined = {name: {key: torch.cat(parts) for key, parts in own.items()} for name, own in moments.items()}
+    return {name: torch.cat(parts) for name, parts in weights.items()}, joined, groups, scalars
 
 
 def verify(checkpoint: Path) -> str | None:
@@ -129,6 +224,16 @@ def verify(checkpoint: Path) -> str | None:
         if _digest(file) != digest:
             return f"{file} is damaged: its SHA-256 is not the one that was written"
     return None
+
+
+def _compare(checkpoint: Path, stored: Mapping[str, Any], settings: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    changed = configuration.differences(stored, json.loads(json.dumps(settings)), allowed)
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint} was trained with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the same settings, choose another --output, or allow a change with --allow-change KEY"
+        )
 
 
 def _find(folder: Path, resume: str) -> Path | None:

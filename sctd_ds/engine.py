@@ -120,13 +120,21 @@ class StepLogic(DeepSpeedEngine):
             here = [name for name, value in zip(PARTS, mine[:n], strict=True) if not math.isfinite(value)]
             raise NonFiniteLossError(self.applied_steps + 1, here)
 
+    def parameter_names(self) -> dict[str, str]:
+        """This rank's parameters: DeepSpeed's name -> the name in the model's state_dict."""
+        return {name: name for name, _ in self.module.named_parameters()}
+
     def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True, exclude_frozen_parameters=False):
         """DeepSpeed's checkpoint plus the importance table (in the client state) and one file of random states per rank."""
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         folder = Path(save_dir) / tag
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(random_state(), folder / _random_state_name(self.global_rank))
-        own = {"importance": self.sctd.importance.state_dict(), "method": self.sctd.config.method}
+        own = {
+            "importance": self.sctd.importance.state_dict(),
+            "method": self.sctd.config.method,
+            "names": self.parameter_names(),
+        }
         return super().save_checkpoint(
             save_dir, tag, {**(client_state or {}), "sctd": own}, save_latest, exclude_frozen_parameters
         )
@@ -191,7 +199,9 @@ def initialize(args: Any = None, model: torch.nn.Module | None = None, *rest: An
     if given is not None:
         raw, _ = read_json(given)
         check_top_level(raw, extra=("sctd", "pretrain"))
-        _refuse(raw.get("zero_optimization", {}).get("stage", 0), raw.get("sequence_parallel_size", 1))
+        zero = raw.get("zero_optimization", {})
+        stage = zero.get("stage", 0) if isinstance(zero, Mapping) else int(zero)  # true and false are an older spelling
+        _refuse(stage, raw.get("sequence_parallel_size", 1))
     if model is None:
         raise ValueError("sctd_ds.initialize needs model=")
     block = sctd_config if sctd_config is not None else sctd_block(given)

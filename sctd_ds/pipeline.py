@@ -190,6 +190,9 @@ class Pipeline(PipelineModule):
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints here, past its logger
             super().__init__(specs, num_stages=stages, partition_method="flops")
         self._batches: deque[Batch] = deque()
+        plain = {parameter: name for name, parameter in model.named_parameters()}
+        self.plain_names = {name: plain[parameter] for name, parameter in self.named_parameters()}
+        """Name of each of this stage's parameters here -> in `model`; a tied one has its first name on every stage."""
         self._release(embeddings, head)
 
     @property
@@ -310,6 +313,9 @@ class ScTDPipelineEngine(StepLogic, PipelineEngine):
             shares = [None] * self.num_stages if self.global_rank == 0 else [state]
             dist.gather_object(state, shares if self.global_rank == 0 else None, dst=0, group=grid.pp_proc_group)
         return {name: value for share in shares for name, value in share.items()}
+
+    def parameter_names(self) -> dict[str, str]:
+        return self.module.plain_names
 
     def _batch(self, raw: Mapping[str, Tensor]) -> Batch:
         return self.sctd.adapter.batch((), {key: value.to(self.device, non_blocking=True) for key, value in raw.items()})

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import BertConfig, BertForMaskedLM
 
 import sctd_ds
+from sctd_ds import checkpoint
 from sctd_ds.engine import NonFiniteLossError
 from sctd_ds.pipeline import Pipeline
 from sctd_ds.validation import validate
@@ -53,8 +54,8 @@ def make_pipeline(boundary=None, optimizer=ADAM, accumulation=3, more=None, **me
 
 def make_data_parallel(accumulation, **method):
     model = make_model(method)
-    engine, *_ = sctd_ds.initialize(model=model, model_parameters=model.parameters(),
-                                    config=settings(ADAM, accumulation, gradient_clipping=1.0))  # fmt: skip
+    config = settings(ADAM, accumulation, gradient_clipping=1.0, zero_optimization={"stage": 2})
+    engine, *_ = sctd_ds.initialize(model=model, model_parameters=model.parameters(), config=config)
     return engine
 
 
@@ -142,14 +143,21 @@ def main():
     held_out = next(micro_batches(1))
     # Before any pipeline: DeepSpeed keeps the grid of the last one, and refuses an engine without.
     other = make_data_parallel(12 // world)
-    losses = train(other, 40)
+    losses = train(other, 4)
+    other.save_checkpoint(str(folder / f"data_parallel{world}"), client_state={"position": 4 * ROWS})
+    losses = torch.cat([losses, train(other, 36, start=4)])
     rows = slice(None) if rank % (world // STAGES) == 0 else slice(0, 2)
     results["data_parallel"] = {
         "losses": losses, "scores": sctd_ds.importance(other.module).scores.clone(),
         "validation": validate(other, [{k: v[rows] for k, v in held_out.items()}] * 2),
         "norm": float(other.get_global_grad_norm()),
     }  # fmt: skip
-    kinds = ["drop", "align", "align", "drop", "dense", "drop"]
+    from_pipeline = folder / "checkpoint2" / "global_step4"
+    if from_pipeline.exists():  # of the launch with two ranks
+        other = make_data_parallel(12 // world)
+        position = checkpoint.restore(other, from_pipeline)
+        results["from_pipeline"] = {"position": position, "losses": train(other, 4, start=4)}
+    kinds = ["drop", "align", "drop", "dense"]
     cases = {name: {"boundary": boundary} for name, boundary in BOUNDARIES.items()} if world == STAGES else {}
     for boundary in (2, 5):
         cases[f"spread_{boundary}"] = {"boundary": boundary, "align_schedule": "spread", "interval": 2}
@@ -169,22 +177,25 @@ def main():
         "norm": float(engine.get_global_grad_norm()),
     }  # fmt: skip
     sctd_ds.export(engine, folder / f"exported{world}")
-    results["random"] = train(make_pipeline(importance="random"), 20)
-    results["bf16"] = train(make_pipeline(more={"bf16": {"enabled": True}, "gradient_clipping": 1.0}), 20)
+    results["random"] = train(make_pipeline(importance="random"), 12)
+    results["bf16"] = train(make_pipeline(more={"bf16": {"enabled": True}, "gradient_clipping": 1.0}), 12)
     results["poisoned"] = poisoned(make_pipeline())
 
     engine = make_pipeline()
     train(engine, 4)
-    engine.save_checkpoint(str(folder / f"checkpoint{world}"), client_state={"mine": 5})
+    engine.save_checkpoint(str(folder / f"checkpoint{world}"), client_state={"position": 4 * ROWS})
     on = train(engine, 4, start=4)
     again = make_pipeline()
     _, client = again.load_checkpoint(str(folder / f"checkpoint{world}"))
     results["loaded"] = {
-        "client": client.get("mine"), "applied": again.applied_steps,
+        "position": client["position"], "applied": again.applied_steps,
         "losses": torch.equal(train(again, 4, start=4), on),
         "weights": all(torch.equal(a, b) for a, b in zip(weights(engine).values(), weights(again).values(), strict=True)),
         "scores": torch.equal(sctd_ds.importance(engine.module).scores, sctd_ds.importance(again.module).scores),
     }  # fmt: skip
+    other = make_pipeline()
+    position = checkpoint.restore(other, folder / f"data_parallel{world}" / "global_step4")
+    results["from_data_parallel"] = {"position": position, "losses": train(other, 4, start=4)}
     torch.save(copy.deepcopy(results), folder / f"world{world}_rank{rank}.pt")
 
 

@@ -84,4 +84,13 @@ def test_nan_on_the_last_stage_stops_all_before_the_update(results, rank):
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_checkpoint_continues_exactly(results, rank):
-    assert results[rank]["loaded"] == {"client": 5, "applied": 4, "losses": True, "weights": True, "scores": True}
+    assert results[rank]["loaded"] == {"position": 48, "applied": 4, "losses": True, "weights": True, "scores": True}
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_either_engine_goes_on_from_the_others_checkpoint(results, rank):
+    """ZeRO-2 shards of 2 or 4 ranks into a pipeline, and a pipeline's shards into ZeRO-2 of 4 ranks, after step 4 of 40."""
+    expected = results[rank]["data_parallel"]["losses"][4:8]
+    for name in ("from_data_parallel", *(["from_pipeline"] if rank[0] == 4 else [])):
+        assert results[rank][name]["position"] == 48
+        torch.testing.assert_close(results[rank][name]["losses"], expected, rtol=1e-5, atol=1e-5)
