@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from sctd_ds.eval import EvalError, finetune, glue_average, scores, sources, twins
-from sctd_ds.eval.finetune import Limits, Model
+from sctd_ds.eval import EvalError, analysis, finetune, glue_average, report, scores, sources, twins
+from sctd_ds.eval.__main__ import main
+from sctd_ds.eval.finetune import Limits
+from sctd_ds.eval.store import Model
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
+from sctd_ds.grammar import Language
 from sctd_ds.grammar import main as write_grammar
 
 TINY = Limits(max_steps=2, max_train=48, max_eval=24)
@@ -361,3 +364,129 @@ def test_answers_are_found_in_windows(model_folder):
 def test_folders_that_are_no_models_are_named(tmp_path):
     with pytest.raises(EvalError, match=r"no config.json and no tokenizer_config.json"):
         Model("x", str(tmp_path)).check()
+
+
+# Probes and drift.
+
+
+def test_the_full_pass_is_the_models_own_and_the_dropped_one_is_that_of_training(model_folder):
+    import transformers
+
+    opened = analysis.open_model(Model("tiny", str(model_folder)))
+    rows = analysis.windows(opened, list(Language().documents(40)), 32, 8)[0]
+    analysis.estimate_importance(opened, [rows])
+    full, dropped, selection = analysis.passes(opened, rows)
+    with torch.no_grad():
+        plain = transformers.AutoModel.from_pretrained(model_folder)(rows, output_hidden_states=True).hidden_states[1:]
+        prefix = opened.state.encoder.prefix(opened.state.adapter.batch((), {"input_ids": rows, "labels": rows * 0 - 100}))
+        trained = opened.state.encoder.dropped_suffix(prefix, None, selection)
+    for ours, theirs in zip(full, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert [x.shape[1] for x in dropped] == [32, 16, 16, 32]  # layer 1 full, 2 cross, 3 kept, 4 all
+    assert torch.equal(dropped[-1], trained.last) and torch.equal(dropped[-2], trained.previous)
+    assert opened.dropped_layers == (2, 3) and not torch.allclose(full[2][:, 0], dropped[2][:, 0])
+    # Looking leaves no trace.
+    assert "layer" not in vars(opened.state.adapter)
+
+
+def test_importance_is_the_mean_masked_loss(model_folder):
+    opened = analysis.open_model(Model("tiny", str(model_folder)))
+    rows = analysis.windows(opened, list(Language().documents(40)), 32, 8)
+    analysis.estimate_importance(opened, rows)
+    table, ids = opened.state.importance.scores, torch.cat(rows)
+    known = table[(table != 10) & (table < 1e4)]
+    # An untrained model's loss is that of a uniform guess.
+    assert len(known) > 50 and known.mean().item() == pytest.approx(np.log(opened.state.adapter.vocabulary), abs=0.2)
+    unseen = torch.tensor(sorted(set(range(len(table))) - set(ids.unique().tolist())))
+    assert set(table[unseen].tolist()) <= {10.0, 10000.0}
+
+
+def test_sentences_of_a_batch_have_one_length(model_folder):
+    opened = analysis.open_model(Model("tiny", str(model_folder)))
+    sentences = [s for _, s in Language().probe("tense", 150, "train")] + ["the", "the near"]
+    seen = []
+    for numbers, ids in analysis.by_length(opened, sentences):
+        assert len(numbers) == len(ids) <= analysis.ROWS and (ids != opened.tokenizer.pad_token_id).all()
+        seen += numbers
+    assert sorted(seen) == list(range(len(sentences)))
+
+
+def test_linear_probe_finds_what_is_there_and_nothing_else():
+    generator = np.random.default_rng(0)
+    labels = {split: [str(i % 2) for i in range(300)] for split in ("train", "validation", "test")}
+    noise = {split: generator.normal(size=(300, 8)) for split in labels}
+    signal = {s: x + np.array([[2.0 * (i % 2)] + [0.0] * 7 for i in range(300)]) for s, x in noise.items()}
+    # Two normals two standard deviations apart: the best possible is 84.1 %.
+    assert analysis.linear_probe(signal, labels) == pytest.approx(84, abs=5)
+    assert analysis.linear_probe(noise, labels) == pytest.approx(50, abs=9)
+
+
+def test_drift_is_one_without_dropping_and_falls_with_it(model_folder):
+    texts = list(Language().documents(60))
+    model = Model("tiny", str(model_folder))
+    result = analysis.drift(model, texts, str(model_folder), length=32, count=40)
+    assert result["rows"] == 40 and len(result["layer_cls"]) == 4
+    # Up to the cross layer, both passes know the same.
+    assert result["layer_cls"][:2] == pytest.approx([1, 1]) and result["layer_mean"][:2] == pytest.approx([1, 1])
+    assert result["layer_cls"][2] < 1 - 1e-9 and result["masked_and_dropped"] < result["masked"] < 1
+    assert "masked" not in analysis.drift(model, texts, length=32, count=8)
+    with pytest.raises(EvalError, match="fewer than one row of 90"):
+        analysis.drift(model, ["the"], length=90)
+    with pytest.raises(EvalError, match="nowhere"):
+        analysis.drift(model, texts, "nowhere", length=32, count=8)
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def trial(model_folder, twin_data, tmp_path_factory) -> tuple[list[str], Path]:
+    out = tmp_path_factory.mktemp("out")
+    run = out / "run"
+    run.mkdir()
+    (run / "model").symlink_to(model_folder)
+    points = [{"event": "validation", "step": s, "loss_full": 5 - s / 10, "cosine_previous": 0.9} for s in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    command = [f"one={model_folder}", str(run), "--suite", "semantic", "probe", "drift", "--data-dir", str(twin_data),
+               "--seeds", "2", "--max-steps", "1", "--max-train", "40", "--max-eval", "20",
+               "--text", str(model_folder.parent / "text.txt"),
+               "--length", "32", "--rows", "16", "--out", str(out / "eval")]  # fmt: skip
+    return command, out / "eval"
+
+
+def test_command_measures_reports_and_continues(trial, capsys, monkeypatch):
+    command, out = trial
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert text.rstrip() == (out / "report.md").read_text().rstrip()
+    assert "synthetic twins" in text and "max steps 1" in text and "*paper" not in text
+    assert "| one |" in text and "| run |" in text and "| average | p |" in text
+    assert {p.name for p in out.glob("*.png")} == {"tense.png", "number.png", "drift.png", "curves.png"}
+    lines = (out / "results.csv").read_text().splitlines()
+    assert lines[0] == "model,task,metric,layer,seed,value,device,torch,transformers"
+    # 2 models x 2 seeds x metrics (3 + 3 + 4 + 2), 2 probes x (4 x 4 layers + 1), drift 2 x 4.
+    assert len(lines) - 1 == 2 * (2 * 12 + 2 * 17 + 8)
+    monkeypatch.setattr(finetune, "_run", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(analysis, "probe", lambda *_: pytest.fail("ran again"))
+    assert main(command) == 0
+
+
+def test_command_names_what_is_wrong(trial, tmp_path, capsys):
+    command, _ = trial
+    for changed, message in (
+        ([command[0], command[0], *command[2:]], "two models are called 'one'"),
+        ([*command, "--tasks", "rte,mprc"], "mprc: unknown; there are cola"),
+        ([str(tmp_path), *command[2:]], "no config.json"),
+        ([*command, "--max-steps", "2"], "another max_steps"),
+        ([*command, "--data-dir", str(tmp_path)], "ontonotes: no data"),
+    ):
+        assert main(changed) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and message in error
+
+
+def test_spread_and_paired_test():
+    assert report.mean_of([80.0, 82.0]) == "81.00 ± 1.41" and report.mean_of([80.0]) == "80.00" and report.mean_of([]) is None
+    # Differences 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.46 with 2 degrees of freedom, p = 0.074.
+    assert report.paired_p({0: 1, 1: 2, 2: 3}, {0: 2, 1: 4, 2: 6, 3: 9}) == pytest.approx(0.0742, abs=1e-3)
+    assert report.paired_p({0: 1.0}, {0: 2.0}) is None and report.paired_p({0: 1, 1: 2}, {0: 1, 1: 2}) is None

@@ -6,14 +6,10 @@ linear decay, AdamW with weight decay 0.01: the paper states none of these.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import math
 import random
 import sys
 import tempfile
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +23,7 @@ import transformers
 
 from sctd_ds.eval import scores, sources
 from sctd_ds.eval.sources import EvalError, Row
+from sctd_ds.eval.store import Model, fingerprint, remember
 from sctd_ds.eval.tasks import Task
 
 WARMUP, WEIGHT_DECAY = 0.06, 0.01
@@ -45,61 +42,18 @@ class Limits:
     micro_batch: int = 32
 
 
-@dataclass
-class Model:
-    """A Hugging Face folder (or Hub name) under the name that reports give it."""
-
-    name: str
-    path: str
-
-    def check(self) -> Model:
-        """Self, or EvalError for a folder that is not a model with a tokenizer."""
-        folder = Path(self.path)
-        if folder.is_dir():
-            missing = [f for f in ("config.json", "tokenizer_config.json") if not (folder / f).is_file()]
-            if missing:
-                raise EvalError(f"{folder}: no {' and no '.join(missing)}; expected a Hugging Face folder (a run's model/)")
-        return self
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the weights of a folder; the name itself for a model of the Hub."""
-        weights = sorted(Path(self.path).glob("*.safetensors")) + sorted(Path(self.path).glob("*.bin"))
-        digest = hashlib.sha256(self.path.encode() if not weights else b"")
-        for file in weights:
-            digest.update(file.read_bytes())
-        return digest.hexdigest()[:16]
-
-
 def finetune(model: Model, task: Task, data: dict[str, list[Row]], seed: int, limits: Limits | None = None,
-             store: Path | None = None) -> dict[str, float]:  # fmt: skip
+             store: Path | None = None, kind: str = "real") -> dict[str, float]:  # fmt: skip
     """Fine-tune one model on one task with one seed, and score it; all scores in percent.
 
-    data: checked rows by split ("train" and the task's own). store: a JSON file with the outcome; one that exists and was
-    made with the same model, data and settings is read instead of running again. Raises EvalError when it was made with
-    others.
+    data: checked rows by split ("train" and the task's own). store: where the outcome is kept, see `remember`.
+    kind: what the data is, "real" or "twins", for the report.
     """
     limits = limits or Limits()
-    settings = {"model": model.fingerprint, "data": _fingerprint(data), "recipe": asdict(task.recipe), "shots": task.shots,
+    settings = {"model": model.fingerprint, "data": fingerprint(data), "recipe": asdict(task.recipe), "shots": task.shots,
                 "seed": seed, **{k: v for k, v in asdict(limits).items() if k != "micro_batch"}}  # fmt: skip
-    if store is not None and store.is_file():
-        found = json.loads(store.read_text(encoding="utf-8"))
-        changed = [key for key in settings if found["settings"].get(key) != settings[key]]
-        if changed:
-            raise EvalError(f"{store}: made with another {', '.join(changed)}; choose another --out, or delete it")
-        return found["scores"]
-    start = time.perf_counter()
-    result = _run(model, task, data, seed, limits)
-    if store is not None:
-        packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        record = {"model": model.name, "path": model.path, "task": task.name, "settings": settings, "scores": result,
-                  "seconds": time.perf_counter() - start, "device": device, **packages}  # fmt: skip
-        store.parent.mkdir(parents=True, exist_ok=True)
-        partial = store.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        partial.replace(store)
-    return result
+    return remember(store, settings, lambda: _run(model, task, data, seed, limits), model=model.name, task=task.name,
+                    data=kind)  # fmt: skip
 
 
 def _run(model: Model, task: Task, data: dict[str, list[Row]], seed: int, limits: Limits) -> dict[str, float]:
@@ -137,7 +91,7 @@ def _run(model: Model, task: Task, data: dict[str, list[Row]], seed: int, limits
         trainer.train()
         for split in task.splits:
             rows = _cut(data[split], limits.max_eval, seed=0)
-            output = trainer.predict(head.examples(rows, training=False)).predictions
+            output = trainer.predict(head.examples(rows, training=False)).predictions  # type: ignore[arg-type]
             prefix = f"{split.removeprefix('validation_')}_" if len(task.splits) > 1 else ""
             result.update({prefix + name: value for name, value in head.score(rows, output).items()})
     return result
@@ -167,7 +121,7 @@ def few_shot(rows: list[Row], task: Task, seed: int) -> list[Row]:
 class Head(ABC):
     """What a kind of task needs: the network, inputs from rows, and scores from outputs."""
 
-    network: type
+    network: Any
     options: dict[str, Any]
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int, data: dict[str, list[Row]]) -> None:
@@ -284,7 +238,7 @@ class Spans(Head):
 
     def examples(self, rows: list[Row], training: bool) -> list[Any]:
         """Windows: each has its inputs, and the answer's ends for training, or what an answer is read off with for scoring."""
-        windows = []
+        windows: list[dict[str, Any]] = []
         for index, row in enumerate(rows):
             # Never more than the context's room: some questions of the real data are long.
             question = " ".join(row["question"].split()[: self.max_length // 4])
@@ -365,15 +319,6 @@ def _best_span(window: dict[str, Any], context: str, start: np.ndarray, end: np.
 def _cut(rows: list[Row], count: int | None, seed: int) -> list[Row]:
     """At most `count` rows, drawn from the seed; all of them, in order, by default."""
     return rows if count is None or count >= len(rows) else random.Random(f"cut {seed}").sample(rows, count)
-
-
-def _fingerprint(data: dict[str, list[Row]]) -> str:
-    digest = hashlib.sha256()
-    for split in sorted(data):
-        digest.update(split.encode())
-        for row in data[split]:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
 
 
 def load_data(task: Task, data_dir: Path | None, hub: bool) -> dict[str, list[Row]]:

@@ -291,7 +291,7 @@ def _verify(path: Path) -> None:
     sums = path.parent / SUMS
     if not sums.is_file():
         return
-    known = dict(reversed(line.split("  ", 1)) for line in sums.read_text(encoding="utf-8").splitlines())
+    known = {name: digest for digest, name in (line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines())}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if path.name in known and known[path.name] != digest:
         raise EvalError(

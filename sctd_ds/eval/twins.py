@@ -18,6 +18,8 @@ from sctd_ds.grammar import PAST_ADVERBS, PRESENT_ADVERBS, SPLITS, Event, Langua
 
 Row = dict[str, Any]
 Maker = Callable[[Language, Random, int], Row]
+MARK = "SYNTHETIC"
+"""A file of this name marks a folder of twins, so that no report takes them for the real data."""
 ENTITY_TYPES = {"conll03": ("PER", "ORG", "LOC"), "ontonotes": ("PERSON", "ORG", "GPE", "DATE")}
 
 
@@ -37,6 +39,10 @@ def write_twins(
 ) -> None:
     """Write all twins as JSON lines where `sources.load` looks for them, and both probes in SentEval's format."""
     language = language or Language()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text(
+        "Synthetic twins made by `python -m sctd_ds.eval twins`; not the data sets they are named after.\n"
+    )
     for name, task in TASKS.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for split in ("train", *task.splits):

@@ -1,0 +1,208 @@
+"""Evaluate pretrained models: fine-tuning, probes and semantic drift, several models side by side.
+
+    python -m sctd_ds.eval runs/dense runs/sctd --suite glue --data-dir DIR --out eval/
+    python -m sctd_ds.eval fetch --to DIR           on a connected machine: the data as Parquet, with SHA-256 sums
+    python -m sctd_ds.eval twins --to DIR           synthetic stand-ins for all data, no network
+
+What was measured is kept under --out; the same command continues, and more models or seeds add to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tqdm import tqdm
+
+from sctd_ds import metrics
+from sctd_ds.data.sources import DataError, documents
+from sctd_ds.eval import analysis, finetune, report, sources, twins
+from sctd_ds.eval.sources import EvalError
+from sctd_ds.eval.store import Model, fingerprint, remember
+from sctd_ds.eval.tasks import PROBES, SUITES, TASKS, Task
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; 0 when done, 2 with one line on stderr for an EvalError."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    command = {"fetch": _fetch, "twins": _twins}.get(arguments[0] if arguments else "", _evaluate)
+    try:
+        return command(arguments if command is _evaluate else arguments[1:])
+    except (EvalError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _evaluate(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sctd_ds.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a Hugging Face folder, a run's folder, or NAME=FOLDER; the "
+                        "first is what the others are compared with")  # fmt: skip
+    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "probe", "drift", "all"], default=["glue"])
+    parser.add_argument(
+        "--tasks", type=lambda text: text.split(","), metavar="A,B", help=f"some tasks only: {', '.join(TASKS)}"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="fine-tunings per model and task (default: %(default)s)")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="local data, asked before the local cache")
+    parser.add_argument("--hub", action="store_true", help="download what is nowhere else")
+    parser.add_argument(
+        "--out", type=Path, default=Path("eval"), metavar="DIR", help="outcomes and report (default: %(default)s)"
+    )
+    parser.add_argument("--text", default="python-docs:1MB", metavar="SOURCE", help="text for drift (default: %(default)s)")
+    parser.add_argument("--sentence-encoder", metavar="FOLDER", help="for drift: a Sentence-BERT folder with mean pooling")
+    parser.add_argument("--length", type=int, default=128, help="for drift: tokens per row (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=256, help="for drift: rows (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, help="for all tasks, instead of the recipe's")
+    parser.add_argument("--epochs", type=int, help="for all tasks, instead of the recipe's epochs or steps")
+    for name in ("max-steps", "max-train", "max-eval"):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help="a trial: the report says so")
+    parser.add_argument("--micro-batch", type=int, default=32, help="rows on the device at once (default: %(default)s)")
+    options = parser.parse_args(arguments)
+
+    models, curves = _models(options.models)
+    limits = finetune.Limits(options.max_steps, options.max_train, options.max_eval, options.micro_batch)
+    jobs = _jobs(options, models, limits)
+    with tqdm(jobs, unit="job", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+        for job in bar:
+            bar.set_description(job.title)
+            outcome = job.run()
+            if bar.disable:
+                print(f"{job.title}: {job.summary(outcome)}", file=sys.stderr)
+    print(report.write(options.out, [model.name for model in models], curves))
+    return 0
+
+
+@dataclass
+class _Job:
+    title: str
+    run: Callable[[], dict[str, Any]]
+    summary: Callable[[dict[str, Any]], str]
+
+
+def _jobs(options: argparse.Namespace, models: list[Model], limits: finetune.Limits) -> list[_Job]:
+    """Everything to measure, with all data read and checked before the first hour is spent."""
+    suites = [*SUITES, "probe", "drift"] if "all" in options.suite else options.suite
+    unknown = [name for name in options.tasks or () if name not in TASKS and name not in PROBES]
+    if unknown:
+        raise EvalError(f"--tasks {','.join(unknown)}: unknown; there are {', '.join((*TASKS, *PROBES))}")
+    names = dict.fromkeys(name for suite in suites for name in SUITES.get(suite, ()))
+    wanted = [name for name in (names if options.tasks is None else options.tasks) if name in TASKS]
+    kind = "twins" if options.data_dir and (options.data_dir / twins.MARK).exists() else "real"
+    jobs = []
+
+    def path(model: Model, task: str, file: str) -> Path:
+        return options.out / "scores" / model.name / task / f"{file}.json"
+
+    for name in wanted:
+        task = _with_options(TASKS[name], options)
+        data = finetune.load_data(task, options.data_dir, options.hub)
+        for seed in range(options.seeds):
+            for model in models:
+
+                def tune(model: Model = model, task: Task = task, data: Any = data, seed: int = seed) -> dict[str, Any]:
+                    return finetune.finetune(model, task, data, seed, limits, path(model, task.name, f"seed{seed}"), kind)
+
+                def told(outcome: dict[str, Any], task: Task = task) -> str:
+                    return ", ".join(f"{metric} {outcome[metric]:.2f}" for metric in task.metrics)
+
+                jobs.append(_Job(f"{task.title}, {model.name}, seed {seed}", tune, told))
+    if options.tasks is None:
+        probes = list(PROBES) if "probe" in suites else []
+    else:
+        probes = [name for name in options.tasks if name in PROBES]
+    for name in probes:
+        examples = sources.load_probe(name, options.data_dir)
+        sizes = {"max_train": options.max_train or 20_000, "max_eval": options.max_eval or 10_000}
+        for model in models:
+
+            def study(model: Model = model, name: str = name, examples: Any = examples, sizes: Any = sizes) -> dict[str, Any]:
+                settings = {"model": model.fingerprint, "data": fingerprint(examples), "seed": 0, **sizes}
+                return remember(
+                    path(model, f"probe-{name}", "probe"), settings, lambda: analysis.probe(model, examples, 0, **sizes),
+                    model=model.name, task=f"probe-{name}", data=kind,
+                )  # fmt: skip
+
+            jobs.append(_Job(f"probe {name}, {model.name}", study, _probe_summary))
+    if "drift" in suites:
+        texts = list(documents(options.text, "text"))
+        for model in models:
+
+            def move(model: Model = model) -> dict[str, Any]:
+                sizes = {"length": options.length, "count": options.rows}
+                settings = {"model": model.fingerprint, "data": fingerprint(texts), "seed": 0, **sizes,
+                            "sentence_encoder": options.sentence_encoder}  # fmt: skip
+                return remember(
+                    path(model, "drift", "drift"), settings,
+                    lambda: analysis.drift(model, texts, options.sentence_encoder, **sizes), model=model.name, task="drift",
+                )  # fmt: skip
+
+            jobs.append(_Job(f"drift, {model.name}", move, lambda o: f"cosine of [CLS] at layer l-1 {o['layer_cls'][-2]:.4f}"))
+    return jobs
+
+
+def _probe_summary(outcome: dict[str, Any]) -> str:
+    full, dropped = max(outcome["full_cls"]), max(outcome["dropped_cls"])
+    return f"[CLS] at its best layer {full:.1f}, with dropping {dropped:.1f}; bag of words {outcome['bag_of_words']:.1f}"
+
+
+def _with_options(task: Task, options: argparse.Namespace) -> Task:
+    changes = {"learning_rate": options.learning_rate, "epochs": options.epochs}
+    return finetune.with_recipe(task, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _models(arguments: list[str]) -> tuple[list[Model], dict[str, list[dict[str, Any]]]]:
+    """Models under names of their own, and the validation curves of those given as a run's folder."""
+    models: list[Model] = []
+    curves = {}
+    for text in arguments:
+        name, equals, path = text.rpartition("=")
+        folder = Path(path)
+        run = folder.parent if folder.name == "model" else folder
+        if not equals:
+            name = run.name or path
+        if (folder / "model" / "config.json").is_file():
+            folder = folder / "model"
+        if any(model.name == name for model in models):
+            raise EvalError(f"two models are called {name!r}: give one a name of its own, NAME=FOLDER")
+        models.append(Model(name.replace("/", "--"), str(folder) if folder.is_dir() else path).check())
+        records = [record for record in metrics.read(run / "metrics.jsonl") if record["event"] == "validation"]
+        if records:
+            curves[models[-1].name] = records
+    return models, curves
+
+
+def _fetch(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sctd_ds.eval fetch", description="Download evaluation data as Parquet.")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(TASKS), metavar="A,B")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.tasks if name not in TASKS]
+    if unknown:
+        raise EvalError(f"--tasks {','.join(unknown)}: unknown; there are {', '.join(TASKS)}")
+    sources.fetch([TASKS[name] for name in options.tasks], options.to)
+    return 0
+
+
+def _twins(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sctd_ds.eval twins", description="Write synthetic twins of all tasks and probes."
+    )
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--train", type=int, default=2000, help="training rows of each task (default: %(default)s)")
+    parser.add_argument("--validation", type=int, default=500, help="validation rows of each (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    twins.write_twins(options.to, train=options.train, validation=options.validation, seed=options.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""What token dropping does to meaning: layer probes (Figures 4 and 8 of the paper) and semantic drift (Figure 3).
+
+Both look at a frozen model in two passes, the full one and the one with dropping active, exactly as training runs them.
+Which tokens are dropped depends on an importance table, which an exported folder does not have. Here it is estimated from the
+model itself: the mean masked-LM loss of its full pass per vocabulary id, over the text under analysis, the same for all models.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from sctd_ds.config import ScTDConfig
+from sctd_ds.encoder import ScTD, Selection, convert, state_of
+from sctd_ds.eval.sources import EvalError
+from sctd_ds.eval.store import Model
+
+MASKED = 0.15  # share of the tokens, as in pretraining
+ROWS = 64  # per forward pass
+PENALTIES = (0.01, 0.1, 1.0)  # inverse regularisation of the linear probe, chosen on the validation part
+
+
+@dataclass
+class Opened:
+    """A frozen model, converted to drop tokens, with its tokenizer."""
+
+    network: Any
+    tokenizer: Any
+    state: ScTD
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dropped_layers(self) -> tuple[int, int]:
+        """First and last layer (1-based) that run without the dropped tokens."""
+        plan = self.state.encoder.plan
+        assert plan is not None
+        return plan.cross + 1, plan.last
+
+
+def open_model(model: Model, drop_ratio: float = 0.5) -> Opened:
+    """Load a masked-LM folder for analysis. Raises EvalError for one that cannot drop tokens."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
+    network: Any = transformers.AutoModelForMaskedLM.from_pretrained(model.path)
+    pinned = [i for i in (getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask")) if i is not None]
+    try:
+        convert(network, ScTDConfig(method="token_drop", drop_ratio=drop_ratio, keep_token_ids=pinned))
+    except ValueError as error:
+        raise EvalError(f"{model.path}: probes and drift need a model that can drop tokens ({error})") from None
+    network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return Opened(network, tokenizer, state_of(network))
+
+
+@torch.no_grad()
+def passes(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Selection]:
+    """States after every layer in the full pass, [B, S, d] each, in the dropped pass, [B, S or K, d] each, and the selection.
+
+    ids: [B, S], rows of one length without padding, so that every row drops its share.
+    """
+    state, encoder = opened.state, opened.state.encoder
+    adapter, plan = encoder.adapter, encoder.plan
+    assert plan is not None
+    batch = adapter.batch((), {"input_ids": ids, "labels": torch.full_like(ids, adapter.ignore_index)})
+    seen: list[Tensor] = []
+    run = adapter.layer
+
+    @functools.wraps(run)
+    def watched(*args: Any) -> Tensor:
+        seen.append(run(*args))
+        return seen[-1]
+
+    adapter.layer = watched  # type: ignore[method-assign, assignment]
+    try:
+        x = encoder.prefix(batch)
+        shared = list(seen)
+        encoder.full_suffix(x, None)
+        full = list(seen)
+        del seen[:]
+        selection = state.select(batch)
+        encoder.dropped_suffix(x, None, selection)
+    finally:
+        del adapter.layer  # the class's own again
+    dropped = shared + seen
+    if adapter.black_box:  # such a cross layer runs on all tokens, and the kept ones are taken after it
+        at = selection.kept.long()[..., None].expand(-1, -1, x.shape[-1])
+        dropped[plan.cross] = dropped[plan.cross].gather(1, at)
+    return full, dropped, selection
+
+
+@torch.no_grad()
+def estimate_importance(opened: Opened, rows: Sequence[Tensor], seed: int = 0, rounds: int = 4) -> None:
+    """Fill the model's importance table from the full pass's masked-LM losses. rows: batches of ids [B, S].
+
+    rounds: how often each row is masked anew. Ids that are never masked keep the start value: unknown, so important.
+    """
+    importance, adapter = opened.state.importance, opened.state.adapter
+    importance.to(opened.device)
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(2, adapter.vocabulary, dtype=torch.float64)
+    for ids in rows:
+        for _ in range(rounds):
+            chosen = choose_masked(opened, ids, generator)
+            corrupted = ids.masked_fill(chosen, opened.tokenizer.mask_token_id)
+            logits = opened.network(input_ids=corrupted.to(opened.device)).logits[chosen.to(opened.device)]
+            truth = ids[chosen]
+            losses = F.cross_entropy(logits.float(), truth.to(opened.device), reduction="none").double().cpu()
+            total[0].index_add_(0, truth, losses)
+            total[1].index_add_(0, truth, torch.ones_like(losses))
+    known = total[1] > 0
+    known[importance.keep_token_ids.cpu()] = False
+    importance.scores[known.to(opened.device)] = (total[0, known] / total[1, known]).float().to(opened.device)
+
+
+def choose_masked(opened: Opened, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Positions to mask, [B, S] bool: each with the share MASKED, never a special token, at least one in each row."""
+    special = torch.isin(ids, torch.tensor(opened.tokenizer.all_special_ids))
+    draw = torch.rand(ids.shape, generator=generator).masked_fill(special, 2.0)
+    return (draw < MASKED) | ((draw == draw.min(dim=1, keepdim=True).values) & ~special)
+
+
+def windows(opened: Opened, texts: Sequence[str], length: int, count: int) -> list[Tensor]:
+    """Batches of rows as in pretraining: the texts joined, cut, [CLS] and [SEP] around each piece; ids [B, length]."""
+    tokenizer = opened.tokenizer
+    stream = [
+        i for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"] for i in (*ids, tokenizer.sep_token_id)
+    ]
+    size = length - 2
+    pieces = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)][:count]
+    if not pieces:
+        raise EvalError(
+            f"the text has {len(stream)} tokens, fewer than one row of {length}: give more text, or a smaller --length"
+        )
+    rows = torch.tensor([[tokenizer.cls_token_id, *piece, tokenizer.sep_token_id] for piece in pieces])
+    return list(rows.split(ROWS))
+
+
+def by_length(opened: Opened, sentences: Sequence[str], longest: int = 128) -> Iterator[tuple[list[int], Tensor]]:
+    """Sentences as batches of one length each, so that none needs padding: (their numbers, ids [B, S])."""
+    encoded = opened.tokenizer(list(sentences), truncation=True, max_length=longest)["input_ids"]
+    groups: dict[int, list[int]] = {}
+    for i, ids in enumerate(encoded):
+        groups.setdefault(len(ids), []).append(i)
+    for numbers in groups.values():
+        for start in range(0, len(numbers), ROWS):
+            part = numbers[start : start + ROWS]
+            yield part, torch.tensor([encoded[i] for i in part])
+
+
+def embed(opened: Opened, sentences: Sequence[str]) -> dict[tuple[str, str], np.ndarray]:
+    """Sentence embeddings of every layer, fp32 [l, N, d], by pass ("full", "dropped") and pooling ("cls", "mean").
+
+    A layer of the dropped pass that runs on the kept tokens is pooled over these: it has no others.
+    """
+    layers = len(opened.state.adapter.layers)
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for numbers, ids in by_length(opened, sentences):
+        full, dropped, _ = passes(opened, ids.to(opened.device))
+        for name, states in (("full", full), ("dropped", dropped)):
+            for i, x in enumerate(states):
+                for pooling, pooled in (("cls", x[:, 0]), ("mean", x.mean(dim=1))):
+                    key = name, pooling
+                    if key not in found:
+                        found[key] = np.empty((layers, len(sentences), x.shape[-1]), dtype=np.float32)
+                    found[key][i, numbers] = pooled.float().cpu().numpy()
+    return found
+
+
+Examples = dict[str, list[tuple[str, str]]]
+
+
+def probe(model: Model, examples: Examples, seed: int = 0, max_train: int = 20_000, max_eval: int = 10_000) -> dict[str, Any]:
+    """Test accuracy (%) of a linear probe on every layer, for both passes and both poolings.
+
+    examples: (label, sentence) by split: train, validation, test. Returns lists over the layers under "full_cls", "full_mean",
+    "dropped_cls" and "dropped_mean", the accuracy of a bag of words under "bag_of_words", and "dropped_layers".
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    generator = np.random.default_rng(seed)
+    cut = {"train": max_train}
+    parts = {}
+    for split, rows in examples.items():
+        order = generator.permutation(len(rows))[: cut.get(split, max_eval)]
+        parts[split] = [rows[i] for i in order]
+    labels = {split: [label for label, _ in rows] for split, rows in parts.items()}
+    text = {split: [sentence for _, sentence in rows] for split, rows in parts.items()}
+
+    opened = open_model(model)
+    estimate_importance(opened, [ids for _, ids in by_length(opened, text["train"][:2000])], seed)
+    embedded = {split: embed(opened, sentences) for split, sentences in text.items()}
+    result: dict[str, Any] = {"dropped_layers": list(opened.dropped_layers)}
+    for key in embedded["train"]:
+        result["_".join(key)] = [
+            linear_probe({split: embedded[split][key][i] for split in parts}, labels)
+            for i in range(len(embedded["train"][key]))
+        ]
+    bag = CountVectorizer(token_pattern=r"\S+")
+    bag.fit(text["train"])
+    result["bag_of_words"] = linear_probe({split: bag.transform(sentences) for split, sentences in text.items()}, labels)
+    return result
+
+
+def linear_probe(features: dict[str, Any], labels: dict[str, list[str]]) -> float:
+    """Test accuracy (%) of logistic regression on standardised features; its penalty is chosen on the validation part."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def fit(penalty: float) -> Any:
+        scaler = StandardScaler(with_mean=isinstance(features["train"], np.ndarray))
+        return make_pipeline(scaler, LogisticRegression(C=penalty, max_iter=300)).fit(features["train"], labels["train"])
+
+    candidates = [fit(penalty) for penalty in PENALTIES]
+    best = max(candidates, key=lambda model: model.score(features["validation"], labels["validation"]))
+    return 100 * float(best.score(features["test"], labels["test"]))
+
+
+@torch.no_grad()
+def drift(model: Model, texts: Sequence[str], sentence_encoder: str | None = None, *, length: int = 128, count: int = 256,
+          seed: int = 0) -> dict[str, Any]:  # fmt: skip
+    """How far dropping moves what is represented, over `count` rows of `length` tokens of the texts.
+
+    "layer_cls", "layer_mean": cosine between full and dropped pass after each layer, of the [CLS] state and of the mean state
+    over the kept positions. With a sentence encoder (a folder), Figure 3: "masked" and "masked_and_dropped" are the mean
+    cosines between its embeddings of a row's text and of the text with 15 % of the tokens masked, and with the tokens that
+    this model drops left out as well.
+    """
+    opened = open_model(model)
+    length = min(length, opened.network.config.max_position_embeddings)
+    rows = windows(opened, texts, length, count)
+    estimate_importance(opened, rows, seed)
+    encoder = SentenceEncoder(sentence_encoder, opened.device) if sentence_encoder else None
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, Any] = {}
+    number = 0
+
+    def add(name: str, values: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + values.double().cpu()
+
+    for ids in rows:
+        corrupted = ids.masked_fill(choose_masked(opened, ids, generator), opened.tokenizer.mask_token_id)
+        full, dropped, selection = passes(opened, corrupted.to(opened.device))
+        at = selection.kept.long()
+        number += len(ids)
+        cls, mean = [], []
+        for x, y in zip(full, dropped, strict=True):
+            index = at[..., None].expand(-1, -1, x.shape[-1])
+            y_kept = y if y.shape[1] == at.shape[1] else y.gather(1, index)
+            cls.append(F.cosine_similarity(x[:, 0].float(), y[:, 0].float()).sum())
+            mean.append(F.cosine_similarity(x.gather(1, index).float().mean(1), y_kept.float().mean(1)).sum())
+        add("layer_cls", torch.stack(cls))
+        add("layer_mean", torch.stack(mean))
+        if encoder is not None:
+            original = encoder(opened.tokenizer.batch_decode(ids, skip_special_tokens=True))
+            kept = corrupted.gather(1, at.cpu())
+            for name, text in (("masked", corrupted), ("masked_and_dropped", kept)):
+                # [MASK] stays in the text; the other special tokens are none of the sentence encoder's.
+                add(name, F.cosine_similarity(original, encoder(_decode(opened, text))).sum())
+    result = {name: (value / number).tolist() for name, value in sums.items()}
+    return {**result, "dropped_layers": list(opened.dropped_layers), "rows": number, "length": length}
+
+
+def _decode(opened: Opened, ids: Tensor) -> list[str]:
+    tokenizer = opened.tokenizer
+    unwanted = set(tokenizer.all_special_ids) - {tokenizer.mask_token_id}
+    return [tokenizer.decode([i for i in row if i not in unwanted]) for row in ids.tolist()]
+
+
+class SentenceEncoder:
+    """Sentence embeddings of a Hugging Face encoder in a folder: mean over its last states, padding left out.
+
+    That is what the Sentence-BERT models with mean pooling do (all-MiniLM-L6-v2 among them).
+    """
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        if not Path(path).is_dir():
+            raise EvalError(f"--sentence-encoder {path}: no such folder; expected a Hugging Face encoder on this machine")
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            self._network: Any = transformers.AutoModel.from_pretrained(path).to(device).eval()
+        except (OSError, ValueError) as error:
+            raise EvalError(
+                f"--sentence-encoder {path}: not an encoder that can be loaded ({str(error).splitlines()[0]})"
+            ) from None
+        self._longest = min(self._network.config.max_position_embeddings, 512)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """[N] texts -> [N, d] fp32."""
+        batch = self._tokenizer(list(texts), padding=True, truncation=True, max_length=self._longest, return_tensors="pt")
+        states = self._network(**batch.to(self._network.device)).last_hidden_state.float()
+        mask = batch["attention_mask"][..., None]
+        return (states * mask).sum(1) / mask.sum(1)

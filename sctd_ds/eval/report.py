@@ -1,0 +1,268 @@
+"""Results in the shapes of the paper's tables and figures: Markdown, CSV and PNG. A cell that was not measured stays empty."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sctd_ds.eval import scores
+from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
+
+Cell = str | float | None
+
+# The paper's figures (dev scores, mean of 5 seeds; BERT-base and -large, 250K steps), in the order of our columns.
+PAPER_GLUE = {
+    "Baseline, large": (61.3, 90.0, 92.7, 90.2, 89.9, 83.8, 86.3, 86.1, 93.5, 84.37),
+    "token drop, large": (64.3, 88.0, 91.4, 89.7, 89.5, 80.1, 86.8, 86.3, 94.0, 84.04),
+    "ScTD, large": (65.6, 91.4, 93.8, 90.2, 89.9, 84.5, 87.1, 86.5, 94.2, 85.63),
+    "Baseline, base": (56.0, 86.8, 90.1, 89.0, 88.8, 77.6, 83.3, 83.5, 92.3, 81.11),
+    "token drop, base": (54.1, 85.5, 89.6, 87.8, 87.8, 77.6, 83.4, 83.3, 91.7, 80.35),
+    "ScTD, base": (58.8, 86.8, 90.5, 88.2, 88.1, 79.4, 83.8, 83.6, 91.6, 81.72),
+}
+PAPER_QUESTIONS = {
+    "Baseline, large": (78.1, 91.1, 70.3, 72.0, 85.53, 79.16),
+    "token drop, large": (79.9, 91.1, 72.8, 68.0, 86.35, 81.50),
+    "ScTD, large": (79.7, 92.9, 72.8, 72.0, 86.54, 81.67),
+    "Baseline, base": (74.4, 83.9, 68.1, 63.0, 81.97, 72.18),
+    "token drop, base": (73.0, 83.9, 67.7, 64.0, 81.67, 72.68),
+    "ScTD, base": (73.8, 87.5, 68.9, 68.0, 82.47, 72.79),
+}
+PAPER_SEMANTIC = {  # ScTD's row is the paper's token drop row with the gains of its Table 6
+    "Baseline, base": (30.16, 54.48, 86.80, 69.08, 60.13),
+    "token drop, base": (27.49, 53.73, 85.50, 66.16, 58.22),
+    "ScTD, base": (29.53, 56.32, 86.80, 68.54, 60.30),
+}
+
+# Tables of fine-tuned scores: title, columns as (task, metric), whether an average closes the row, the paper's rows.
+_SEMANTIC = [("ontonotes", "f1"), ("conll03", "f1"), ("mrpc", "accuracy"), ("sick", "spearman")]
+_GLUE = [(task, metric) for task in SUITES["glue"] for metric in TASKS[task].metrics]
+_QUESTIONS = [(task, TASKS[task].metrics[0]) for task in (*SUITES["superglue"], *SUITES["squad"])]
+TABLES: dict[str, tuple[list[tuple[str, str]], bool, Mapping[str, Sequence[float]]]] = {
+    "GLUE (Table 2)": (_GLUE, True, PAPER_GLUE),
+    "SuperGLUE and SQuAD (Table 3)": (_QUESTIONS, False, PAPER_QUESTIONS),
+    "Semantic-intense tasks (Tables 1 and 6; the two tagging tasks are 32-shot)": (_SEMANTIC, True, PAPER_SEMANTIC),
+}
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Every outcome under `folder`/scores, as `store.remember` wrote them."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "scores").glob("*/*/*.json"))]
+
+
+def write(folder: Path, models: Sequence[str], curves: Mapping[str, list[dict[str, Any]]] | None = None) -> str:
+    """Write report.md, results.csv and the figures of everything measured for `models`, in this order; returns the Markdown.
+
+    curves: validation records over the steps of a run, by model.
+    """
+    records = [record for record in read(folder) if record["model"] in models]
+    tuned = [record for record in records if record["task"] in TASKS]
+    synthetic = any(record.get("data") == "twins" for record in records)
+    parts = ["# Evaluation", *_remarks(tuned)]
+    if synthetic:
+        parts.append("**The data are synthetic twins, not the data sets they are named after**: the paper's rows are left out.")
+    for title, (columns, averaged, paper) in TABLES.items():
+        if any(record["task"] == task for record in tuned for task, _ in columns):
+            shown = {} if synthetic else paper
+            parts += [f"## {title}", table(*score_table(tuned, models, columns, averaged, shown))]
+    for task in PROBES:
+        found = {r["model"]: r["scores"] for r in records if r["task"] == f"probe-{task}"}
+        if found:
+            parts += [f"## Probing: {task} (Figures 4 and 8)", table(*probe_table(found, models)), f"![]({task}.png)"]
+            _plot_probe(found, models, task, folder / f"{task}.png")
+    drifted = {r["model"]: r["scores"] for r in records if r["task"] == "drift"}
+    if drifted:
+        parts += ["## Semantic drift (Figure 3)", table(*drift_table(drifted, models)), "![](drift.png)"]
+        _plot_drift(drifted, models, folder / "drift.png")
+    if curves:
+        _plot_curves(curves, folder / "curves.png")
+        parts += ["## Over the steps of the runs", "![](curves.png)"]
+    text = "\n\n".join(parts) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["model", "task", "metric", "layer", "seed", "value", "device", "torch", "transformers"])
+        for record in records:
+            for metric, value in record["scores"].items():
+                if metric in ("dropped_layers", "rows", "length"):
+                    continue
+                for layer, x in enumerate(value, 1) if isinstance(value, list) else [("", value)]:
+                    writer.writerow([record["model"], record["task"], metric, layer, record["settings"].get("seed"), x,
+                                     record["device"], record["torch"], record["transformers"]])  # fmt: skip
+    return text
+
+
+def by_seed(records: Sequence[Mapping[str, Any]], model: str, task: str, metric: str) -> dict[int, float]:
+    """Values of one metric by seed."""
+    return {r["settings"]["seed"]: r["scores"][metric] for r in records if r["model"] == model and r["task"] == task}
+
+
+def mean_of(values: Sequence[float]) -> str | None:
+    """Mean and, with two values or more, their standard deviation."""
+    if not values:
+        return None
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def paired_p(one: Mapping[Any, float], other: Mapping[Any, float]) -> float | None:
+    """p of a two-sided paired t-test over the seeds both have; None with fewer than two, or when no pair differs."""
+    from scipy.stats import ttest_rel
+
+    shared = sorted(set(one) & set(other))
+    if len(shared) < 2 or all(one[s] == other[s] for s in shared):
+        return None
+    return float(ttest_rel([one[s] for s in shared], [other[s] for s in shared]).pvalue)
+
+
+def averages(records: Sequence[Mapping[str, Any]], model: str, columns: Sequence[tuple[str, str]]) -> dict[int, float]:
+    """By seed, the mean over tasks of the mean of each task's metrics; seeds without every column are left out."""
+    metrics: dict[str, list[str]] = {}
+    for task, metric in columns:
+        metrics.setdefault(task, []).append(metric)
+    seeds = [set(by_seed(records, model, task, metric)) for task, metric in columns]
+    result = {}
+    for seed in sorted(set.intersection(*seeds)):
+        values = {task: {m: by_seed(records, model, task, m)[seed] for m in names} for task, names in metrics.items()}
+        mean = scores.average(values, metrics)
+        assert mean is not None
+        result[seed] = mean
+    return result
+
+
+def score_table(records: Sequence[Mapping[str, Any]], models: Sequence[str], columns: Sequence[tuple[str, str]],
+                averaged: bool, paper: Mapping[str, Sequence[float]]) -> tuple[list[str], list[list[Cell]]]:  # fmt: skip
+    """Header and rows: mean ± standard deviation over seeds, the paper's rows below ours.
+
+    p: of a paired test of the averages against the first model's.
+    """
+    header = ["model", *(f"{TASKS[task].title} {metric.replace('_', ' ')}" for task, metric in columns)]
+    if averaged:
+        header += ["average", "p"]
+    rows: list[list[Cell]] = []
+    first = averages(records, models[0], columns)
+    for model in models:
+        row: list[Cell] = [model, *(mean_of([*by_seed(records, model, task, metric).values()]) for task, metric in columns)]
+        if averaged:
+            own = averages(records, model, columns)
+            p = paired_p(first, own)
+            row += [mean_of([*own.values()]), None if p is None else f"{p:.3f}"]
+        rows.append(row)
+    for name, values in paper.items():
+        rows.append([f"*paper: {name}*", *(f"{value:.2f}" for value in values), *([None] if averaged else [])])
+    return header, rows
+
+
+def probe_table(found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> tuple[list[str], list[list[Cell]]]:
+    layers = max(len(found[model]["full_cls"]) for model in models if model in found)
+    rows: list[list[Cell]] = []
+    for model in models:
+        for key in ("full_cls", "dropped_cls", "full_mean", "dropped_mean") if model in found else ():
+            view, pooling = key.split("_")
+            rows.append([model, f"{view}, {'[CLS]' if pooling == 'cls' else 'mean'}", *(f"{x:.1f}" for x in found[model][key])])
+        if model in found:
+            rows.append([model, "bag of words", f"{found[model]['bag_of_words']:.1f}"])
+    return ["model", "pass, pooling", *(f"layer {i}" for i in range(1, layers + 1))], rows
+
+
+def drift_table(found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> tuple[list[str], list[list[Cell]]]:
+    header = [
+        "model",
+        "text: masked",
+        "text: masked and dropped",
+        "[CLS], layer l-1",
+        "[CLS], layer l",
+        "mean, layer l-1",
+        "mean, layer l",
+    ]
+    rows: list[list[Cell]] = []
+    for model in models:
+        if model in found:
+            values = found[model]
+            numbers = [
+                values.get("masked"),
+                values.get("masked_and_dropped"),
+                *values["layer_cls"][-2:],
+                *values["layer_mean"][-2:],
+            ]
+            rows.append([model, *(None if x is None else f"{x:.4f}" for x in numbers)])
+    return header, rows
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A Markdown table; rows may be short, and None is an empty cell."""
+    lines = [list(header), ["---"] * len(header)]
+    lines += [["" if cell is None else str(cell) for cell in row] + [""] * (len(header) - len(row)) for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _remarks(tuned: Sequence[Mapping[str, Any]]) -> list[str]:
+    seeds = sorted({record["settings"]["seed"] for record in tuned})
+    lines = [f"Fine-tuned scores in percent, mean ± standard deviation over {len(seeds)} seed(s)."] if tuned else []
+    for name in ("max_steps", "max_train", "max_eval"):
+        cut = sorted({record["settings"][name] for record in tuned if record["settings"][name] is not None})
+        if cut:
+            lines.append(f"**A trial: {name.replace('_', ' ')} {', '.join(map(str, cut))}.** Not comparable with the paper.")
+    changed = sorted(
+        {r["task"] for r in tuned if any(r["settings"]["recipe"][k] != v for k, v in vars(TASKS[r["task"]].recipe).items())}
+    )
+    if changed:
+        lines.append(f"Hyper-parameters other than the recipe's: {', '.join(TASKS[name].title for name in changed)}.")
+    return lines
+
+
+def _figure(columns: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * columns, 4), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def _plot_probe(found: Mapping[str, Mapping[str, Any]], models: Sequence[str], task: str, path: Path) -> None:
+    figure, axes = _figure(2)
+    for axis, pooling in zip(axes, ("cls", "mean"), strict=True):
+        for color, model in enumerate(model for model in models if model in found):
+            for view, style in (("full", "-"), ("dropped", "--")):
+                values = found[model][f"{view}_{pooling}"]
+                axis.plot(
+                    range(1, len(values) + 1), values, style, marker="o", ms=3, color=f"C{color}", label=f"{model}, {view}"
+                )
+        any_model = next(iter(found.values()))
+        axis.axhline(any_model["bag_of_words"], color="k", lw=0.8, ls=":", label="bag of words")
+        axis.axvspan(any_model["dropped_layers"][0] - 0.5, any_model["dropped_layers"][1] + 0.5, color="0.9", zorder=0)
+        axis.set(title=f"{task}, {'[CLS]' if pooling == 'cls' else 'mean'}", xlabel="layer (grey: without dropped tokens)",
+                 ylabel="probe accuracy (%)")  # fmt: skip
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def _plot_drift(found: Mapping[str, Mapping[str, Any]], models: Sequence[str], path: Path) -> None:
+    figure, axes = _figure(2)
+    for axis, key, title in zip(axes, ("layer_cls", "layer_mean"), ("[CLS]", "mean of the kept positions"), strict=True):
+        for model in (model for model in models if model in found):
+            values = found[model][key]
+            axis.plot(range(1, len(values) + 1), values, marker="o", ms=3, label=model)
+        axis.set(title=f"Full against dropped pass, {title}", xlabel="layer", ylabel="cosine")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _plot_curves(curves: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Figure 3 as a run records it: validation loss, and the cosine between the passes' [CLS] states, over the steps."""
+    figure, axes = _figure(2)
+    for name, records in curves.items():
+        for axis, key in zip(axes, ("loss_full", "cosine_previous"), strict=True):
+            points = [(record["step"], record[key]) for record in records if key in record]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", ms=3, label=name)
+    axes[0].set(title="Validation loss, all tokens", xlabel="step", ylabel="nats per masked token")
+    axes[1].set(title="Cosine of the passes' [CLS], layer l-1", xlabel="step", ylabel="cosine")
+    for axis in axes:
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,74 @@
+"""Outcomes on disk, one JSON file each, so that what was measured is never measured again and never mixed up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sctd_ds.eval.sources import EvalError
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Hugging Face folder (or Hub name) under the name that reports give it."""
+
+    name: str
+    path: str
+
+    def check(self) -> Model:
+        """Self, or EvalError for a folder that is not a model with a tokenizer."""
+        folder = Path(self.path)
+        if folder.is_dir():
+            missing = [f for f in ("config.json", "tokenizer_config.json") if not (folder / f).is_file()]
+            if missing:
+                raise EvalError(f"{folder}: no {' and no '.join(missing)}; expected a Hugging Face folder (a run's model/)")
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the weights of a folder; the name itself for a model of the Hub."""
+        weights = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(self.path).glob(kind))
+        return fingerprint(*(file.read_bytes() for file in weights)) if weights else self.path
+
+
+def fingerprint(*contents: Any) -> str:
+    """16 hex digits that change with any of the contents: bytes, or what JSON can say."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def remember(path: Path | None, settings: dict[str, Any], measure: Callable[[], Any], **about: Any) -> Any:
+    """The outcome of `measure`, read from `path` where it was measured before with the same settings.
+
+    about: recorded beside it. Without a path nothing is kept. Raises EvalError when the file holds other settings.
+    """
+    if path is None:
+        return measure()
+    settings = json.loads(json.dumps(settings))
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in settings if found["settings"].get(key) != settings[key]]
+        if changed:
+            raise EvalError(f"{path}: measured with another {', '.join(changed)}; choose another --out, or delete the file")
+        return found["scores"]
+
+    import torch
+
+    start = time.perf_counter()
+    outcome = measure()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    record = {**about, "settings": settings, "scores": outcome, "seconds": round(time.perf_counter() - start, 2),
+              "device": device, **{name: version(name) for name in ("torch", "transformers")}}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    partial.replace(path)
+    return json.loads(json.dumps(outcome))
