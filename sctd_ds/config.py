@@ -107,6 +107,8 @@ class PretrainConfig(_Block):
     """Threads per rank that prepare batches ahead; they change speed only."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile of the encoder layers; "auto": on GPUs."""
+    layer_norm: Literal["torch", "apex"] = "torch"
+    """"apex": NVIDIA apex's FusedLayerNorm, where its compiled parts are there. It stays outside of compiled layers."""
     precision: Literal["auto", "strict"] = "auto"
     """A device without fp16: "auto" trains in bf16 and says so, "strict" refuses."""
     output: str = "runs/{name}"
@@ -232,7 +234,8 @@ def check_top_level(raw: Mapping[str, Any], extra: Iterable[str] = ()) -> None:
     known = DEEPSPEED_KEYS | set(extra)
     for key in raw:
         if key in removed:
-            raise ConfigError(f'"{key}": {removed[key]} Remove the block.')
+            doctor = "python -m sctd_ds.recipes check FILE --write"
+            raise ConfigError(f'"{key}": {removed[key]} Remove the block; `{doctor}` repairs the whole file.')
         if key not in known:
             raise ConfigError(f'unknown key "{key}"{_did_you_mean(key, known)}')
 

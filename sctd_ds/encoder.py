@@ -279,14 +279,24 @@ def importance(model: nn.Module) -> Importance:
     return state_of(model).importance
 
 
+# UNK, CLS, SEP and MASK of released vocabularies, by their size; recipes pad BERT's to a multiple of 8, 64 or 128.
+_KEEP_IDS = {
+    **{size: [100, 101, 102, 103] for size in (30522, 30528, 30592)},  # BERT uncased, and with it ELECTRA and DistilBERT
+    **{size: [100, 101, 102, 103] for size in (28996, 29000, 29056)},  # BERT cased
+    50265: [0, 2, 3, 50264],  # RoBERTa
+    250002: [0, 2, 3, 250001],  # XLM-RoBERTa
+    50368: [50280, 50281, 50282, 50284],  # ModernBERT
+}
+
+
 def resolve_keep_ids(config: ScTDConfig, vocabulary: int) -> list[int]:
-    """Ids to pin. "auto" knows the two released English vocabularies; a run with a tokenizer passes its own ids."""
+    """Ids to pin. "auto" knows some released vocabularies by their size; a run with a tokenizer passes its own ids."""
     if config.keep_token_ids != "auto":
         return config.keep_token_ids
     if config.method == "dense" or config.importance == "random":
         return []
-    if vocabulary in (30522, 28996):  # bert-base-uncased and -cased: UNK, CLS, SEP, MASK
-        return [100, 101, 102, 103]
+    if vocabulary in _KEEP_IDS:
+        return _KEEP_IDS[vocabulary]
     logger.warning(
         'sctd.keep_token_ids is "auto", but the special tokens of a vocabulary of %d ids are not known here: none is pinned. '
         "Set it to the ids of UNK, CLS, SEP and MASK.",

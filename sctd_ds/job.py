@@ -9,7 +9,7 @@ import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 
-from sctd_ds import config, data, report
+from sctd_ds import apex, config, data, report
 from sctd_ds.config import RunConfig
 from sctd_ds.encoder import convert, state_of
 from sctd_ds.probe import Probe
@@ -56,6 +56,8 @@ def build_model(run: RunConfig, packed: data.PackedData) -> transformers.BertFor
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    if run.pretrain.layer_norm == "apex":
+        apex.fuse_layer_norms(model)
     settings: dict[str, Any] = {"labels_per_row": labels_per_row(run, packed)}
     if run.sctd.keep_token_ids == "auto":
         settings["keep_token_ids"] = [getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask")]
