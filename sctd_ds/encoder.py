@@ -192,7 +192,7 @@ def check_trainable(adapter: Adapter) -> None:
         )
 
 
-def convert(model: nn.Module, config: ScTDConfig | None = None) -> nn.Module:
+def convert(model: Any, config: ScTDConfig | None = None) -> Any:
     """Teach `model` (or the model of a DeepSpeed engine) token dropping, in place: same object, parameters, state_dict keys.
 
     Training forwards (which need labels) then return the method's objective as their loss; `model.eval()` is the untouched
