@@ -457,6 +457,23 @@ def test_what_splits_parameters_or_rows_is_refused_by_name(config, words):
     assert "forward" not in vars(model)  # refused before anything was changed
 
 
+def test_zero_spelt_as_a_bare_true_is_read_as_deepspeed_reads_it():
+    model = build(family_named("BertForMaskedLM")).float()
+    optimizer = {"type": "Adam", "params": {"torch_adam": True}}
+    config = {"train_batch_size": 2, "zero_optimization": True, "optimizer": optimizer, "sctd": {"keep_token_ids": KEPT_IDS}}
+    engine, *_ = sctd_ds.initialize(model=model, model_parameters=model.parameters(), config=config)
+    assert engine.zero_optimization_stage() == 1 and type(engine).__name__ == "ScTDEngine"
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "ids"), [(30522, [100, 101, 102, 103]), (30528, [100, 101, 102, 103]), (50265, [0, 2, 3, 50264]), (61, [])]
+)
+def test_special_tokens_of_released_vocabularies_are_known_by_their_size(vocabulary, ids, caplog):
+    model = sctd_ds.convert(BertForMaskedLM(tiny(vocab_size=vocabulary)))
+    assert (sctd_ds.importance(model).scores == oracle.ALWAYS_KEPT).nonzero().flatten().tolist() == ids
+    assert ("none is pinned" in caplog.text) == (not ids)
+
+
 # Mixed use
 
 
