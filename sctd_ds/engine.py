@@ -201,7 +201,7 @@ def initialize(args: Any = None, model: torch.nn.Module | None = None, *rest: An
         check_top_level(raw, extra=("sctd", "pretrain"))
         zero = raw.get("zero_optimization", {})
         stage = zero.get("stage", 0) if isinstance(zero, Mapping) else int(zero)  # true and false are an older spelling
-        _refuse(stage, raw.get("sequence_parallel_size", 1))
+        _refuse(stage, raw.get("sequence_parallel_size", 1), isinstance(model, PipelineModule))
     if model is None:
         raise ValueError("sctd_ds.initialize needs model=")
     block = sctd_config if sctd_config is not None else sctd_block(given)
@@ -223,7 +223,7 @@ def attach(engine: Any) -> Any:
     """Make a DeepSpeed engine around a converted model a ScTDEngine, in place; `initialize` and `convert` do it."""
     if type(engine) not in ENGINES and type(engine) not in ENGINES.values():
         raise ValueError(f"{type(engine).__name__} is not supported; supported: {', '.join(e.__name__ for e in ENGINES)}")
-    _refuse(engine.zero_optimization_stage(), engine.sequence_parallel_size)
+    _refuse(engine.zero_optimization_stage(), engine.sequence_parallel_size, isinstance(engine.module, PipelineModule))
     # deepspeed.initialize chooses the class itself; the subclass adds no construction of its own.
     engine.__class__ = ENGINES.get(type(engine), type(engine))
     engine._attach()
@@ -241,7 +241,12 @@ def _refuse_other(config: ScTDConfig, block: ScTDConfig | Mapping[str, Any] | No
             )
 
 
-def _refuse(zero_stage: int, sequence_parallel_size: int) -> None:
+def _refuse(zero_stage: int, sequence_parallel_size: int, pipeline: bool) -> None:
+    if pipeline and zero_stage != 1:
+        raise ConfigError(
+            f"zero_optimization.stage={zero_stage} with a pipeline: use 1. DeepSpeed has no pipeline with 2 and 3, and with 0 "
+            "clips by the gradients of the first stage alone"
+        )
     if zero_stage == 3:
         raise ConfigError("zero_optimization.stage=3 is not supported by sctd_ds: use stage 2")
     if sequence_parallel_size > 1:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import sctd_kernels
 import torch
 import torch.distributed as dist
@@ -168,9 +169,15 @@ class Pipeline(PipelineModule):
             raise ConfigError(
                 f"a pipeline is built from BertForMaskedLM, not from {type(model).__name__}: use data parallelism"
             )
+        deepspeed.init_distributed(verbose=False)  # does nothing where it is done
         check_stages(stages, len(state.adapter.layers), dist.get_world_size())
         if boundaries is None:
             boundaries = balance(state, model.config, stages, length)
+        numbers = range(1, len(state.adapter.layers))
+        if len(boundaries) != stages - 1 or list(boundaries) != [n for n in numbers if n in boundaries]:
+            raise ConfigError(
+                f"boundaries={list(boundaries)}: expected {stages - 1} encoder layers from 1 to {numbers[-1]}, ascending"
+            )
         embeddings, head = model.bert.embeddings, model.cls
         specs = [
             LayerSpec(Embedding, state, embeddings),
@@ -239,12 +246,9 @@ class Pipeline(PipelineModule):
 
     def _partition_layers(self, method: str = "flops") -> None:
         """Cut the list of layers; DeepSpeed's own methods count parameters, and half of our layers cost half."""
-        ends = [0, *(self._first_layer + boundary for boundary in self._boundaries), len(self._layer_specs)]
-        if sorted(set(ends)) != ends:
-            raise ConfigError(f"boundaries={self._boundaries}: expected ascending numbers of encoder layers from 1 on")
-        self.parts = ends
+        self.parts = [0, *(self._first_layer + boundary for boundary in self._boundaries), len(self._layer_specs)]
         stage = self._topo.get_coord(self.global_rank).pipe
-        self._set_bounds(start=ends[stage], stop=ends[stage + 1])
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
     def _release(self, embeddings: nn.Module, head: nn.Module) -> None:
         """Give up the weights of other stages, which this rank built only to start from the same values as they do."""

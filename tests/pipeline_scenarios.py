@@ -10,7 +10,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import sctd_ds
 from sctd_ds import checkpoint
@@ -135,6 +135,31 @@ def poisoned(engine):
     return {}
 
 
+def errors():
+    """What is refused, in the words of the message."""
+    pipeline, seen = Pipeline(make_model({}), stages=STAGES), {}
+    attempts = {
+        "stages": lambda: Pipeline(make_model({}), stages=LAYERS + 1),
+        "boundaries": lambda: Pipeline(make_model({}), stages=STAGES, boundaries=[LAYERS]),
+        "zero": lambda: make_pipeline(more={"zero_optimization": {"stage": 0}}),
+        "block": lambda: sctd_ds.initialize(model=pipeline, config=settings(ADAM, 1, sctd={"interval": 7})),
+        "family": lambda: Pipeline(RobertaForMaskedLM(RobertaConfig(num_hidden_layers=4, hidden_size=16, intermediate_size=16,
+                                                                    num_attention_heads=2)), stages=STAGES),
+    }  # fmt: skip
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except sctd_ds.ConfigError as error:
+            seen[name] = str(error)
+    engine, shapes = make_pipeline(accumulation=2), iter([LENGTH, LENGTH // 2])
+    batch = next(own_batches(engine))
+    try:
+        engine.train_batch({key: value[:, :length] for key, value in batch.items()} for length in shapes)
+    except ValueError as error:
+        seen["shapes"] = str(error)
+    return seen
+
+
 def main():
     folder = Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank")))
     deepspeed.init_distributed(verbose=False)
@@ -142,7 +167,7 @@ def main():
     results = {}
     held_out = next(micro_batches(1))
     # Before any pipeline: DeepSpeed keeps the grid of the last one, and refuses an engine without.
-    other = make_data_parallel(12 // world)
+    other = make_data_parallel(3)
     losses = train(other, 4)
     other.save_checkpoint(str(folder / f"data_parallel{world}"), client_state={"position": 4 * ROWS})
     losses = torch.cat([losses, train(other, 36, start=4)])
@@ -154,21 +179,21 @@ def main():
     }  # fmt: skip
     from_pipeline = folder / "checkpoint2" / "global_step4"
     if from_pipeline.exists():  # of the launch with two ranks
-        other = make_data_parallel(12 // world)
+        other = make_data_parallel(3)
         position = checkpoint.restore(other, from_pipeline)
         results["from_pipeline"] = {"position": position, "losses": train(other, 4, start=4)}
     kinds = ["drop", "align", "drop", "dense"]
-    cases = {name: {"boundary": boundary} for name, boundary in BOUNDARIES.items()} if world == STAGES else {}
-    for boundary in (2, 5):
-        cases[f"spread_{boundary}"] = {"boundary": boundary, "align_schedule": "spread", "interval": 2}
-    cases["two_prefixes"] = {"boundary": 2, "shared_prefix": False}
-    cases["kept_and_mean"] = {"boundary": 5, "align_on": "kept", "kl_reduction": "mean", "recompute_align": True}
-    cases["dense"] = {"boundary": 4, "method": "dense", "kinds": ["dense"] * 3}
+    cases = {"in_full": {"boundary": 2}, "spread_5": {"boundary": 5, "align_schedule": "spread", "interval": 2}}
+    if world == STAGES:  # replicas bring nothing new to these
+        cases.update({name: {"boundary": boundary} for name, boundary in BOUNDARIES.items()})
+        cases["spread_2"] = {**cases["spread_5"], "boundary": 2}
+        cases["two_prefixes"] = {"boundary": 2, "shared_prefix": False}
+        cases["kept_and_mean"] = {"boundary": 5, "align_on": "kept", "kl_reduction": "mean", "recompute_align": True}
+        cases["dense"] = {"boundary": 4, "method": "dense", "kinds": ["dense"] * 3}
     for name, case in cases.items():
         results[name] = against_plain_model(**{"kinds": kinds, **case})
 
-    accumulation = 6 // (world // STAGES)
-    engine = make_pipeline(accumulation=accumulation)
+    engine = make_pipeline()
     losses = train(engine, 40)
     rows = slice(None) if engine.mpu.get_data_parallel_rank() == 0 else slice(0, 2)
     results["run"] = {
@@ -177,8 +202,10 @@ def main():
         "norm": float(engine.get_global_grad_norm()),
     }  # fmt: skip
     sctd_ds.export(engine, folder / f"exported{world}")
-    results["random"] = train(make_pipeline(importance="random"), 12)
-    results["bf16"] = train(make_pipeline(more={"bf16": {"enabled": True}, "gradient_clipping": 1.0}), 12)
+    if world == STAGES:
+        results["random"] = train(make_pipeline(importance="random"), 12)
+        results["bf16"] = train(make_pipeline(more={"bf16": {"enabled": True}, "gradient_clipping": 1.0}), 12)
+        results["errors"] = errors()
     results["poisoned"] = poisoned(make_pipeline())
 
     engine = make_pipeline()
