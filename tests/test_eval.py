@@ -490,3 +490,69 @@ def test_spread_and_paired_test():
     # Differences 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.46 with 2 degrees of freedom, p = 0.074.
     assert report.paired_p({0: 1, 1: 2, 2: 3}, {0: 2, 1: 4, 2: 6, 3: 9}) == pytest.approx(0.0742, abs=1e-3)
     assert report.paired_p({0: 1.0}, {0: 2.0}) is None and report.paired_p({0: 1, 1: 2}, {0: 1, 1: 2}) is None
+
+
+# Ablations: what is planned, and what is said of runs that are finished. The runs themselves are tests/test_pretrain.py's.
+
+
+def ablation_options(tmp_path, **changes):
+    from argparse import Namespace
+
+    from conftest import ROOT
+
+    values = {"config": ROOT / "ds_configs" / "tiny.json", "out": tmp_path, "data": None, "data_dir": None, "tasks": [],
+              "sweep": ["method", "interval", "lambda", "objective"], "variants": None, "seeds": 3, "overrides": [],
+              "gpus": 1}  # fmt: skip
+    return Namespace(**{**values, **changes})
+
+
+def test_ablations_share_runs_of_equal_settings(tmp_path):
+    from benchmarks.ablate import plan
+
+    runs = plan(ablation_options(tmp_path))
+    base = runs["method"]["sctd"]
+    assert [run.changes for run in base] == [()] * 3 and [run.seed for run in base] == [0, 1, 2]
+    assert base == runs["interval"]["Fi=10"] == runs["lambda"]["lambda=0.05"] == runs["objective"]["sctd"]
+    assert runs["lambda"]["lambda=0"] == runs["objective"]["L_MLM"] != base
+    different = {run for variants in runs.values() for of in variants.values() for run in of}
+    assert len({run.name for run in different}) == len(different) == 3 * 13
+
+
+def test_ablations_refuse_what_cannot_run_before_the_first_run(tmp_path):
+    from benchmarks.ablate import plan
+    from sctd_ds import ConfigError
+
+    with pytest.raises(ConfigError, match="must be"):
+        plan(ablation_options(tmp_path, overrides=["sctd.method=dense"]))
+    with pytest.raises(ConfigError, match="Fi=7: not in the sweeps"):
+        plan(ablation_options(tmp_path, variants=["Fi=7"]))
+    with pytest.raises(ConfigError, match=r"unknown key"):
+        plan(ablation_options(tmp_path, overrides=["sctd.intervall=3"]))
+
+
+def test_ablation_tables_hold_finished_runs_only(tmp_path):
+    from benchmarks.ablate import BEGAN, plan, write
+
+    options = ablation_options(tmp_path, sweep=["interval"])
+    runs = plan(options)
+    losses = {"dense": (3.0, 3.1, 2.9), "token_drop": (3.2, 3.4, 3.1), "Fi=10": (3.05, 3.2)}
+    for variant, values in losses.items():
+        for run, loss in zip(runs["interval"][variant], values, strict=False):
+            folder = tmp_path / "runs" / run.name
+            folder.mkdir(parents=True)
+            validation = {"step": 10, "loss_full": loss}
+            (folder / "report.json").write_text(json.dumps({
+                "validation": validation, "global_batch": 32, "samples_per_s": 16.0, "flops_saved": 0.2, "steps": 10,
+                "seq_length": 64, "environment": {"device": "CPU"},
+            }))  # fmt: skip
+            (folder / BEGAN).write_text(json.dumps({"commit": "abc", "settings": {}}))
+            lines = [{"event": "train", "step": 10, "step_ms": 2000.0}, {"event": "validation", **validation}]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write(tmp_path, runs, options)
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert set(rows) == {"variant", "---", "dense", "token_drop", "Fi=10"}  # Fi=5, 20 and 50 were not run
+    # Differences from token_drop -0.2, -0.3, -0.2: t = -7.0 with 2 degrees of freedom; Fi=10 has two of the three seeds.
+    assert "| 3 | 3.00 ± 0.10 (p 0.020) | 2000.00 ± 0.00 |" in rows["dense"] and rows["dense"].endswith("| 77.73 |")
+    assert "| 3 | 3.23 ± 0.15 |" in rows["token_drop"] and rows["Fi=10"].split("|")[2].strip() == "2"
+    assert (tmp_path / "interval.png").stat().st_size > 10_000
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 3 + 3 + 2

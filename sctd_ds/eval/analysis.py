@@ -110,7 +110,7 @@ def estimate_importance(opened: Opened, rows: Sequence[Tensor], seed: int = 0, r
     total = torch.zeros(2, adapter.vocabulary, dtype=torch.float64)
     for ids in rows:
         for _ in range(rounds):
-            chosen = choose_masked(opened, ids, generator)
+            chosen = choose_masked(opened.tokenizer, ids, generator)
             corrupted = ids.masked_fill(chosen, opened.tokenizer.mask_token_id)
             logits = opened.network(input_ids=corrupted.to(opened.device)).logits[chosen.to(opened.device)]
             truth = ids[chosen]
@@ -122,9 +122,9 @@ def estimate_importance(opened: Opened, rows: Sequence[Tensor], seed: int = 0, r
     importance.scores[known.to(opened.device)] = (total[0, known] / total[1, known]).float().to(opened.device)
 
 
-def choose_masked(opened: Opened, ids: Tensor, generator: torch.Generator) -> Tensor:
+def choose_masked(tokenizer: Any, ids: Tensor, generator: torch.Generator) -> Tensor:
     """Positions to mask, [B, S] bool: each with the share MASKED, never a special token, at least one in each row."""
-    special = torch.isin(ids, torch.tensor(opened.tokenizer.all_special_ids))
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     draw = torch.rand(ids.shape, generator=generator).masked_fill(special, 2.0)
     return (draw < MASKED) | ((draw == draw.min(dim=1, keepdim=True).values) & ~special)
 
@@ -249,7 +249,7 @@ def drift(model: Model, texts: Sequence[str], sentence_encoder: str | None = Non
         sums[name] = sums.get(name, 0) + values.double().cpu()
 
     for ids in rows:
-        corrupted = ids.masked_fill(choose_masked(opened, ids, generator), opened.tokenizer.mask_token_id)
+        corrupted = ids.masked_fill(choose_masked(opened.tokenizer, ids, generator), opened.tokenizer.mask_token_id)
         full, dropped, selection = passes(opened, corrupted.to(opened.device))
         at = selection.kept.long()
         number += len(ids)
