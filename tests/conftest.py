@@ -27,7 +27,7 @@ def free_port() -> int:
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
-def launch(script: str | Path, *arguments: object, ranks: int, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def launch(script: str | Path, *arguments: object, ranks: int, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus RANKS script arguments`, output captured; stdout and stderr come back together."""
     return subprocess.run(
         launch_command(script, *arguments, ranks=ranks), cwd=ROOT, text=True, timeout=timeout, env=launch_environment(),
