@@ -50,31 +50,27 @@ def train(family, stage):
     engine, *_ = sctd_ds.initialize(model=model, model_parameters=model.parameters(), config=settings(stage, sctd=METHOD))
     seen = steps(family, engine)
     scores = sctd_ds.importance(engine).scores
-    seen["changed"] = not any(
-        torch.equal(p, before[name]) for name, p in model.named_parameters() if name in trained(family, model)
-    )
+    reached = trained(family, model)
+    seen["changed"] = not any(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in reached)
     seen["table_learned"] = bool((scores[PAD + 5 :] != 10.0).any())
     seen["same_keys"] = list(engine.module.state_dict()) == keys
     return seen
 
 
 def trained(family, model):
-    """Parameters that the loss reaches: all but poolers without a loss, and biases that their recipe forgets."""
-    unused = [
-        name for name, _ in model.named_parameters() if "pooler" in name and "cls.seq_relationship.weight" not in keys(model)
-    ]
-    unused = [name for name in unused if "language_model" not in name]
-    if family.name.startswith("academic") and "sparse" in family.name:
+    """Parameters that the loss reaches: not poolers without a loss of theirs, and what a recipe has but never uses."""
+    names = [name for name, _ in model.named_parameters()]
+    unused = [name for name in names if "bert.pooler" in name and "cls.seq_relationship.weight" not in names]
+    if family.name == "academic-budget pre-ln sparse":
         unused.append("cls.predictions.bias")
-    if family.name.endswith("post-ln"):
+    if family.name == "academic-budget post-ln":
         unused += ["bert.encoder.FinalLayerNorm.weight", "bert.encoder.FinalLayerNorm.bias"]
     if family.name == "HelloDeepSpeed":
-        unused.append("lm_head.bias")  # transformers 5 gives the decoder a bias of its own
-    return {name for name, _ in model.named_parameters()} - set(unused)
-
-
-def keys(model):
-    return set(model.state_dict())
+        unused += [
+            "lm_head.bias",
+            *(name for name in names if "pooler" in name),
+        ]  # transformers 5: the decoder has its own bias
+    return set(names) - set(unused)
 
 
 def mixed(folder):
