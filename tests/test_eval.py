@@ -447,7 +447,7 @@ def trial(model_folder, twin_data, tmp_path_factory) -> tuple[list[str], Path]:
     (run / "model").symlink_to(model_folder)
     points = [{"event": "validation", "step": s, "loss_full": 5 - s / 10, "cosine_previous": 0.9} for s in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
-    command = [f"one={model_folder}", str(run), "--suite", "semantic", "probe", "drift", "--data-dir", str(twin_data),
+    command = [f"one={model_folder}", str(run), "--suite", "drift", "--tasks", "sick,mrpc,tense", "--data-dir", str(twin_data),
                "--seeds", "2", "--max-steps", "1", "--max-train", "40", "--max-eval", "20",
                "--text", str(model_folder.parent / "text.txt"),
                "--length", "32", "--rows", "16", "--out", str(out / "eval")]  # fmt: skip
@@ -461,11 +461,11 @@ def test_command_measures_reports_and_continues(trial, capsys, monkeypatch):
     assert text.rstrip() == (out / "report.md").read_text().rstrip()
     assert "synthetic twins" in text and "max steps 1" in text and "*paper" not in text
     assert "| one |" in text and "| run |" in text and "| average | p |" in text
-    assert {p.name for p in out.glob("*.png")} == {"tense.png", "number.png", "drift.png", "curves.png"}
+    assert {p.name for p in out.glob("*.png")} == {"tense.png", "drift.png", "curves.png"}
     lines = (out / "results.csv").read_text().splitlines()
     assert lines[0] == "model,task,metric,layer,seed,value,device,torch,transformers"
-    # 2 models x 2 seeds x metrics (3 + 3 + 4 + 2), 2 probes x (4 x 4 layers + 1), drift 2 x 4.
-    assert len(lines) - 1 == 2 * (2 * 12 + 2 * 17 + 8)
+    # 2 models, each 2 seeds of 4 and 2 metrics, a probe of 4 views x 4 layers and a bag of words, drift of 2 x 4 layers.
+    assert len(lines) - 1 == 2 * (2 * (4 + 2) + 17 + 8)
     monkeypatch.setattr(finetune, "_run", lambda *_: pytest.fail("ran again"))
     monkeypatch.setattr(analysis, "probe", lambda *_: pytest.fail("ran again"))
     assert main(command) == 0
@@ -478,7 +478,7 @@ def test_command_names_what_is_wrong(trial, tmp_path, capsys):
         ([*command, "--tasks", "rte,mprc"], "mprc: unknown; there are cola"),
         ([str(tmp_path), *command[2:]], "no config.json"),
         ([*command, "--max-steps", "2"], "another max_steps"),
-        ([*command, "--data-dir", str(tmp_path)], "ontonotes: no data"),
+        ([*command, "--data-dir", str(tmp_path)], "sick: no data"),
     ):
         assert main(changed) == 2
         error = capsys.readouterr().err.splitlines()[-1]

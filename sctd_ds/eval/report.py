@@ -237,7 +237,7 @@ def _plot_probe(found: Mapping[str, Mapping[str, Any]], models: Sequence[str], t
         axis.axvspan(any_model["dropped_layers"][0] - 0.5, any_model["dropped_layers"][1] + 0.5, color="0.9", zorder=0)
         axis.set(title=f"{task}, {'[CLS]' if pooling == 'cls' else 'mean'}", xlabel="layer (grey: without dropped tokens)",
                  ylabel="probe accuracy (%)")  # fmt: skip
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="lower left")
     figure.savefig(path, dpi=130)
 
 
@@ -248,7 +248,7 @@ def _plot_drift(found: Mapping[str, Mapping[str, Any]], models: Sequence[str], p
             values = found[model][key]
             axis.plot(range(1, len(values) + 1), values, marker="o", ms=3, label=model)
         axis.set(title=f"Full against dropped pass, {title}", xlabel="layer", ylabel="cosine")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=130)
 
 
@@ -264,5 +264,5 @@ def _plot_curves(curves: Mapping[str, list[dict[str, Any]]], path: Path) -> None
     axes[1].set(title="Cosine of the passes' [CLS], layer l-1", xlabel="step", ylabel="cosine")
     for axis in axes:
         if axis.lines:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=130)
