@@ -164,13 +164,13 @@ def main():
     folder = Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank")))
     deepspeed.init_distributed(verbose=False)
     world, rank = dist.get_world_size(), dist.get_rank()
-    results = {}
+    results, steps = {}, 40 if world == STAGES else 12
     held_out = next(micro_batches(1))
     # Before any pipeline: DeepSpeed keeps the grid of the last one, and refuses an engine without.
     other = make_data_parallel(3)
     losses = train(other, 4)
     other.save_checkpoint(str(folder / f"data_parallel{world}"), client_state={"position": 4 * ROWS})
-    losses = torch.cat([losses, train(other, 36, start=4)])
+    losses = torch.cat([losses, train(other, steps - 4, start=4)])
     rows = slice(None) if rank % (world // STAGES) == 0 else slice(0, 2)
     results["data_parallel"] = {
         "losses": losses, "scores": sctd_ds.importance(other.module).scores.clone(),
@@ -194,7 +194,7 @@ def main():
         results[name] = against_plain_model(**{"kinds": kinds, **case})
 
     engine = make_pipeline()
-    losses = train(engine, 40)
+    losses = train(engine, steps)
     rows = slice(None) if engine.mpu.get_data_parallel_rank() == 0 else slice(0, 2)
     results["run"] = {
         "losses": losses, "scores": sctd_ds.importance(engine.module).scores.clone(), "weights": weights(engine),

