@@ -47,7 +47,8 @@ class Rows:
 
     @property
     def mask(self) -> Tensor:
-        return (torch.arange(self.ids.shape[1])[None] < torch.tensor(self.real)[:, None]).long()
+        counts = torch.tensor(self.real, device=self.ids.device)
+        return (torch.arange(self.ids.shape[1], device=self.ids.device)[None] < counts[:, None]).long()
 
 
 def rows(real: tuple[int, ...] = (17, 9, 13), seed: int = 0) -> Rows:

@@ -224,7 +224,7 @@ class ParallelTransformerLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor]:
         x = self.input_layernorm(hidden_states).transpose(0, 1)
-        additive = torch.zeros(attention_mask.shape, dtype=x.dtype).masked_fill(attention_mask, -10000.0)
+        additive = x.new_zeros(attention_mask.shape).masked_fill(attention_mask, -10000.0)
         x = hidden_states + self.self_attention(x, additive)[0].transpose(0, 1)
         return x + self.mlp(self.post_attention_layernorm(x)), x.new_zeros(())  # states and a mixture-of-experts loss
 
@@ -287,7 +287,7 @@ class BertModel(nn.Module):
 
     def forward(self, bert_model_input: Tensor, attention_mask: Tensor, tokentype_ids=None, lm_labels=None):
         allowed = attention_mask[:, None, :] * attention_mask[:, :, None]
-        positions = torch.arange(bert_model_input.shape[1]).expand_as(bert_model_input)
+        positions = torch.arange(bert_model_input.shape[1], device=bert_model_input.device).expand_as(bert_model_input)
         states = self.language_model.embedding(bert_model_input, positions, tokentype_ids=tokentype_ids)
         states, *_ = self.language_model.encoder(states, (allowed < 0.5)[:, None])
         logits = self.lm_head(states, self.shared_embedding_or_output_weight()).transpose(0, 1)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -18,6 +19,7 @@ import sctd_ds
 from sctd_ds.adapters import ADAPTERS
 from sctd_ds.adapters.huggingface import BertAdapter
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 HUGGING_FACE = [family for family in FAMILIES if family.hugging_face]
 
 
@@ -103,14 +105,22 @@ def assert_as_expected(family: Family, model: nn.Module, batch: Rows, mode: str,
     args, kwargs = family.arguments(batch)
     loss = family.loss(model(*args, **kwargs), batch)
     loss.backward()
-    total, gradients, _ = expected(family, model, batch, mode, align_on)
-    assert loss.item() == pytest.approx(total.item(), rel=family.tolerance)
+    assert_same(model, loss, expected(family, model, batch, mode, align_on), family.tolerance)
+
+
+def assert_same(model: nn.Module, loss: Tensor, wanted: tuple, tolerance: float) -> None:
+    total, gradients, _ = wanted
+    assert loss.item() == pytest.approx(total.item(), rel=tolerance)
     largest = max(g.abs().max().item() for g in gradients.values() if g is not None)
     for name, parameter in model.named_parameters():
         want = torch.zeros_like(parameter) if gradients[name] is None else gradients[name]
         got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(
-            got, want, rtol=family.tolerance, atol=family.tolerance * largest, msg=lambda m, name=name: f"{name}: {m}"
+            got.cpu().double(),
+            want.cpu().double(),
+            rtol=tolerance,
+            atol=tolerance * largest,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 
@@ -131,6 +141,20 @@ def test_the_walk_is_the_model_itself(family):
 @every_family
 def test_loss_and_gradients(family, mode, real):
     assert_as_expected(family, converted(build(family), mode), rows(real), mode)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@every_family
+def test_single_precision(family, device):
+    """On a GPU this is the path through the Triton kernels, with Megatron's transposed states, too."""
+    model, batch = converted(build(family), "align"), rows()
+    wanted = expected(family, model, batch, "align")
+    model.float().to(device)
+    there = replace(batch, **{name: getattr(batch, name).to(device) for name in ("ids", "labels", "types", "sentence")})
+    args, kwargs = family.arguments(there)
+    loss = family.loss(model(*args, **kwargs), there)
+    loss.backward()
+    assert_same(model, loss, wanted, 2e-3)
 
 
 @pytest.mark.parametrize("align_on", ["mean", "kept"])
