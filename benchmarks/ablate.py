@@ -60,6 +60,7 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "lambda": {**_BASELINES, **{f"lambda={x:g}": {"sctd.kl_weight": x} for x in (0.0, 0.01, 0.05, 0.25, 0.5)}},
 }
 LOSS, TIME = "loss_full", "ms_per_step"
+FINE = (LOSS, "loss_drop", "cosine_previous")  # measures whose third and fourth digits matter
 BEGAN = "began.json"  # what a run was started with
 
 
@@ -111,7 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    everything = sorted({run for variants in runs.values() for of in variants.values() for run in of}, key=lambda run: run.seed)
+    different = {run for variants in runs.values() for of in variants.values() for run in of}
+    everything = sorted(different, key=lambda run: (run.seed, run.name))
     with tqdm(everything, unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         for run in bar:
             bar.set_description(run.name)
@@ -252,7 +254,7 @@ def compare(sweep: str, variants: Mapping[str, Mapping[int, Mapping[str, float]]
         row: list[str | float | None] = [name, str(len(by_seed))]
         for measure in measures:
             values = {seed: found[measure] for seed, found in by_seed.items() if measure in found}
-            cell = mean_of([*values.values()])
+            cell = mean_of([*values.values()], digits=4 if measure in FINE else 2)
             other = {seed: found[measure] for seed, found in control.items() if measure in found}
             p = paired_p(other, values) if name != "token_drop" and measure not in (TIME, "flops_saved") else None
             row.append(cell if cell is None or p is None else f"{cell} (p {p:.3f})")
@@ -265,13 +267,19 @@ def _origin(run: Run | None, out: Path, options: argparse.Namespace) -> str:
     """What was run, where, by which command."""
     if run is None:
         return "No run is finished."
+    from sctd_ds.eval.twins import MARK
+
     report = json.loads((out / "runs" / run.name / "report.json").read_text(encoding="utf-8"))
     environment = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
     size = f"{report['steps']} steps of {report['global_batch']} rows of {report['seq_length']} tokens"
     changed = f" with {', '.join(options.overrides)}" if options.overrides else ""
+    synthetic = options.data_dir is not None and (options.data_dir / MARK).exists()
+    twins = " Probes and tasks are synthetic twins, not the data sets they are named after." if synthetic else ""
     return (f"Base: {options.config.name}{changed}; {size}, {options.seeds} seeds, {environment}.\n\n"
             "Mean ± standard deviation over seeds; p: paired t-test over seeds against token_drop, not corrected for the "
-            "number of comparisons. Losses in nats per masked token, probes and tasks in percent.")  # fmt: skip
+            "number of comparisons. Losses in nats per masked token, probes and tasks in percent. ms_per_step is what the runs "
+            f"took; where the machine was shared, flops_saved (percent of a dense step's operations) says more.{twins}"
+    )  # fmt: skip
 
 
 def _plot(

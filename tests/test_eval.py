@@ -552,7 +552,7 @@ def test_ablation_tables_hold_finished_runs_only(tmp_path):
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert set(rows) == {"variant", "---", "dense", "token_drop", "Fi=10"}  # Fi=5, 20 and 50 were not run
     # Differences from token_drop -0.2, -0.3, -0.2: t = -7.0 with 2 degrees of freedom; Fi=10 has two of the three seeds.
-    assert "| 3 | 3.00 ± 0.10 (p 0.020) | 2000.00 ± 0.00 |" in rows["dense"] and rows["dense"].endswith("| 77.73 |")
-    assert "| 3 | 3.23 ± 0.15 |" in rows["token_drop"] and rows["Fi=10"].split("|")[2].strip() == "2"
+    assert "| 3 | 3.0000 ± 0.1000 (p 0.020) | 2000.00 ± 0.00 |" in rows["dense"] and rows["dense"].endswith("| 77.73 |")
+    assert "| 3 | 3.2333 ± 0.1528 |" in rows["token_drop"] and rows["Fi=10"].split("|")[2].strip() == "2"
     assert (tmp_path / "interval.png").stat().st_size > 10_000
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 3 + 3 + 2

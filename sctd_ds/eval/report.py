@@ -101,12 +101,12 @@ def by_seed(records: Sequence[Mapping[str, Any]], model: str, task: str, metric:
     return {r["settings"]["seed"]: r["scores"][metric] for r in records if r["model"] == model and r["task"] == task}
 
 
-def mean_of(values: Sequence[float]) -> str | None:
+def mean_of(values: Sequence[float], digits: int = 2) -> str | None:
     """Mean and, with two values or more, their standard deviation."""
     if not values:
         return None
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def paired_p(one: Mapping[Any, float], other: Mapping[Any, float]) -> float | None:
