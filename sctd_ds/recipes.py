@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from sctd_ds.config import DEEPSPEED_KEYS, ConfigError, ScTDConfig, block_models, check_deepspeed, leaves, read_json
 
 Kind = Literal["refused", "ignored", "deprecated", "conflict", "missing"]
@@ -103,8 +105,11 @@ def _removed(raw: Mapping[str, Any]) -> Iterator[Finding]:
             yield Finding("refused", key, "DeepSpeed has removed it", _INSTEAD.get(key, "remove it"), remove)
     for key in getattr(deepspeed_config, "_REMOVED_ZERO_CONFIG_KEYS", {}):
         if key in _block(raw, "zero_optimization"):
-            yield Finding("refused", f"zero_optimization.{key}", "DeepSpeed has removed it", "remove it",
-                          lambda config, key=key: config["zero_optimization"].pop(key))  # fmt: skip
+
+            def remove_inside(config: dict[str, Any], key: str = key) -> None:
+                del config["zero_optimization"][key]
+
+            yield Finding("refused", f"zero_optimization.{key}", "DeepSpeed has removed it", "remove it", remove_inside)
 
 
 def _unknown(raw: Mapping[str, Any]) -> Iterator[Finding]:
@@ -120,7 +125,7 @@ def _nested(raw: Mapping[str, Any]) -> Iterator[Finding]:
     from deepspeed.runtime import config as deepspeed_config
 
     removed = getattr(deepspeed_config, "_REMOVED_ZERO_CONFIG_KEYS", {})
-    models = {**block_models(), "sctd": ScTDConfig}
+    models: dict[str, type[BaseModel]] = {**block_models(), "sctd": ScTDConfig}
     for name, model in models.items():
         block = _block(raw, name)
         known = {alias for field, info in model.model_fields.items() for alias in (field, info.alias) if alias}

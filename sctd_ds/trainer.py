@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -100,7 +100,8 @@ class ScTDCallback(TrainerCallback, ExportableState):
                 "dropping does not have: set it to 0"
             )
         # Read off the checkpoint, where it has us; else our place in the next one, which the Trainer expects to be there.
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
+        callbacks = cast(dict[str, Any], state.stateful_callbacks)  # states by class name, once the Trainer is made
+        saved = callbacks.setdefault(type(self).__name__, {})
         if not state.global_step:
             return
         saved = saved[-1] if isinstance(saved, list) else saved
