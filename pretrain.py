@@ -54,7 +54,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="with nothing to continue: start from another run's checkpoint (RUN/checkpoints/step_...), also "
                         "one of other pipeline stages, ranks or ZeRO stage; exact but for dropout's draws")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, build the model, time two steps of "
-                        "each kind, forecast the run; write nothing")  # fmt: skip
+                        "each kind, forecast the run; write nothing but the data cache")  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     return parser.parse_args(argv)
 
