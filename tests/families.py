@@ -1,5 +1,6 @@
 """Every supported family at toy size: how to build it, call it, and walk through it layer by layer in plain code."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -65,7 +66,7 @@ def rows(real: tuple[int, ...] = (17, 9, 13), seed: int = 0) -> Rows:
     return Rows(ids, labels, types, torch.arange(len(real)) % 2, real)
 
 
-class Family:
+class Family(ABC):
     """One model in plain code. `x` is [1, n, d], the states of the tokens at `positions` of one sequence."""
 
     name: str
@@ -75,8 +76,8 @@ class Family:
     has_types = True
     returns: type = MaskedLMOutput
 
-    def build(self, **config: Any) -> nn.Module:
-        raise NotImplementedError
+    @abstractmethod
+    def build(self, **config: Any) -> nn.Module: ...
 
     def arguments(self, batch: Rows) -> tuple[tuple, dict]:
         types = {"token_type_ids": batch.types} if self.has_types else {}
@@ -92,11 +93,11 @@ class Family:
     def eval_outputs(self, output: Any) -> list[Tensor]:
         return list(output.values())
 
-    def layers(self, model: nn.Module) -> nn.ModuleList:
-        raise NotImplementedError
+    @abstractmethod
+    def layers(self, model: nn.Module) -> nn.ModuleList: ...
 
-    def embed(self, model: nn.Module, ids: Tensor, types: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def embed(self, model: nn.Module, ids: Tensor, types: Tensor) -> Tensor: ...
 
     def layer(self, model: nn.Module, index: int, x: Tensor, positions: Tensor) -> Tensor:
         return self.layers(model)[index](x, None)
@@ -104,8 +105,8 @@ class Family:
     def finish(self, model: nn.Module, x: Tensor) -> Tensor:
         return x
 
-    def logits(self, model: nn.Module, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def logits(self, model: nn.Module, x: Tensor) -> Tensor: ...
 
     def sentence_scores(self, model: nn.Module, x: Tensor) -> Tensor | None:
         return None
