@@ -48,6 +48,8 @@ class ScTDConfig(_Block):
     """"labels": sum over sequences / number of labelled tokens (Eq. 1-3, the authors' code); "mean": mean over sequences."""
     align_on: Literal["cls", "mean", "kept"] = "cls"
     """What the KL compares: the [CLS] state, the mean state over the positions both passes have, or every kept position."""
+    kl_layers: Literal["both", "last", "previous"] = "both"
+    """Which KL terms are learned: KL_l + KL_{l-1}, KL_l alone (L_SCg), or KL_{l-1} alone (L_SCl); for ablations (Table 4)."""
     align_schedule: Literal["interval", "spread"] = "interval"
     """"interval": whole steps align (the paper); "spread": in every step the rows r with (r + t) % interval == 0 do."""
     recompute_align: bool = False

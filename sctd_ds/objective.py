@@ -67,7 +67,8 @@ def evaluate(state: ScTD, batch: Batch, dropped: Pass | None, full: Pass | None,
             mask = take_rows(batch, rows).attention_mask
             kl_last, kl_previous = (kl.sum() for kl in align(state, student, full, chosen, mask))
             scale = n if config.kl_reduction == "labels" else float(len(batch.input_ids))
-            kl = config.kl_weight * (kl_last + kl_previous) / scale
+            learned_kl = {"both": kl_last + kl_previous, "last": kl_last, "previous": kl_previous}[config.kl_layers]
+            kl = config.kl_weight * learned_kl / scale
             if config.objective == "released":
                 loss = ce_drop + kl
             else:

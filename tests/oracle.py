@@ -41,6 +41,7 @@ class Method:
     objective: str = "paper"  # paper | released
     kl_reduction: str = "labels"  # labels | mean
     align_on: str = "cls"  # cls | mean | kept
+    kl_layers: str = "both"  # both | last (l) | previous (l-1)
     align_schedule: str = "interval"  # interval | spread
     interval: int = 10
     step: int | None = None
@@ -198,19 +199,26 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
 def sequence_divergence(
     full: tuple[Tensor, Tensor], dropped: tuple[Tensor, Tensor], kept: Sequence[int], method: Method
 ) -> Tensor:
-    """KL_{l-1} + KL_l of one sequence. Each pass is (layer l-1, layer l); the dropped pass has only `kept` at l-1."""
+    """KL_{l-1} + KL_l of one sequence, or the one of them that is learned.
+
+    Each pass is (layer l-1, layer l); the dropped pass has only `kept` at l-1.
+    """
     if method.detach_teacher:
         full = (full[0].detach(), full[1].detach())
     kept = list(kept)
     if method.align_on == "cls":
-        return divergence(full[0][0], dropped[0][0]) + divergence(full[1][0], dropped[1][0])
-    if method.align_on == "mean":  # one mean state each: the kept tokens at l-1 in both passes, all tokens at l
-        local = divergence(full[0][kept].mean(0), dropped[0].mean(0))
-        return local + divergence(full[1].mean(0), dropped[1].mean(0))
-    if method.align_on == "kept":  # mean of the divergences of the kept tokens, at both layers
-        local = sum(divergence(full[0][p], dropped[0][slot]) for slot, p in enumerate(kept))
-        return (local + sum(divergence(full[1][p], dropped[1][p]) for p in kept)) / len(kept)
-    raise ValueError(f"align_on is cls, mean or kept, not {method.align_on!r}")
+        previous, last = divergence(full[0][0], dropped[0][0]), divergence(full[1][0], dropped[1][0])
+    elif method.align_on == "mean":  # one mean state each: the kept tokens at l-1 in both passes, all tokens at l
+        previous = divergence(full[0][kept].mean(0), dropped[0].mean(0))
+        last = divergence(full[1].mean(0), dropped[1].mean(0))
+    elif method.align_on == "kept":  # mean of the divergences of the kept tokens, at both layers
+        previous = torch.stack([divergence(full[0][p], dropped[0][slot]) for slot, p in enumerate(kept)]).mean()
+        last = torch.stack([divergence(full[1][p], dropped[1][p]) for p in kept]).mean()
+    else:
+        raise ValueError(f"align_on is cls, mean or kept, not {method.align_on!r}")
+    if method.kl_layers == "both":
+        return previous + last
+    return last if method.kl_layers == "last" else previous
 
 
 # Objective (Eq. 1 and 4) and its gradient

@@ -198,6 +198,9 @@ ALIGNMENTS = [
     Method(kl_weight=4.0, align_on="mean"),
     Method(kl_weight=4.0, align_on="kept"),
     Method(kl_weight=0.3, kl_reduction="mean"),
+    Method(kl_weight=4.0, kl_layers="last"),
+    Method(kl_weight=4.0, kl_layers="previous", align_on="mean"),
+    Method(kl_weight=4.0, kl_layers="previous", objective="released"),
     Method(kl_weight=4.0, objective="released"),
     Method(kl_weight=0.3, objective="released", align_on="kept", kl_reduction="mean"),
     Method(kl_weight=4.0, align_schedule="spread", interval=2, step=1),
@@ -244,7 +247,7 @@ def converted(case: Case, method: Method, **further: object) -> tuple[BertForMas
     """A converted model in the mode of `method`, its table set as `case` says, and what the oracle expects of it."""
     model = bert(case.layers)
     expected = reference(model, case, method)
-    names = ("interval", "kl_weight", "objective", "kl_reduction", "align_on", "align_schedule")
+    names = ("interval", "kl_weight", "objective", "kl_reduction", "align_on", "kl_layers", "align_schedule")
     chosen = {name: getattr(method, name) for name in names}
     config = sctd_ds.ScTDConfig(drop_ratio=case.drop_ratio, keep_token_ids=KEPT_IDS, **chosen, **further)
     assert sctd_ds.convert(model, config) is model
@@ -315,6 +318,7 @@ def problems(draw: st.DrawFn) -> tuple[Case, Method, bool]:
         objective=draw(st.sampled_from(["paper", "released"])),
         kl_reduction=draw(st.sampled_from(["labels", "mean"])),
         align_on=draw(st.sampled_from(["cls", "mean", "kept"])),
+        kl_layers=draw(st.sampled_from(["both", "last", "previous"])),
         align_schedule=draw(st.sampled_from(["interval", "spread"])),
         interval=draw(st.integers(1, 4)),
         step=draw(st.integers(1, 9)),
