@@ -55,6 +55,9 @@ class ScTDConfig(_Block):
     recompute_align: bool = False
     """In align steps, run the dropped pass's layers again in backward instead of keeping their activations: an align step
     then fits where a dense step does, for about 7 % more work in these steps."""
+    last_layer: Literal["labelled", "all"] = "labelled"
+    """Where the last layer's queries, output and feed-forward run: at the tokens that the loss reads (the labelled ones and
+    [CLS]), or at all. The loss and its gradients are the same, but for which random numbers dropout draws."""
     shared_prefix: bool = True
     """Run layers 1 .. l//2-1 once for both passes of an align step; false: two whole passes, as the paper does."""
     objective: Literal["paper", "released"] = "paper"

@@ -1,6 +1,6 @@
 """Where tokens go: the full and the dropped pass through a model's own layers, and the conversion that puts them to work.
 
-Legend: B rows, S tokens, K kept tokens, d hidden size, l layers.
+Legend: B rows, S tokens, K kept tokens, R positions of a row that the loss reads, d hidden size, l layers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from sctd_ds.adapters import Adapter, Batch, find_adapter
 from sctd_ds.config import ScTDConfig
 from sctd_ds.importance import POLICIES, Importance
+from sctd_ds.labels import Labelled, Places, locate_labels
 from sctd_ds.schedule import MODES, LayerPlan, Mode, aligned_rows, kept_tokens
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,24 @@ class Selection:
 
 @dataclass
 class Pass:
-    """What the objective needs of one pass: states after layer l [B, S, d] and after layer l-1 [B, S or K, d]."""
+    """What the objective needs of one pass: states after layer l [B, S or R, d] and after layer l-1 [B, S or K, d].
+
+    At both layers the first state of a row is that of [CLS].
+    """
 
     last: Tensor
     previous: Tensor
+
+
+@dataclass
+class Passes:
+    """The passes of one micro-batch; None: not run. rows: those that the full pass is run on."""
+
+    labelled: Labelled
+    dropped: Pass | None
+    full: Pass | None
+    selection: Selection | None
+    rows: range
 
 
 class Encoder:
@@ -55,11 +70,11 @@ class Encoder:
         self.compiled = False
 
     def compile(self, **options: Any) -> None:
-        """Compile one layer; every layer shares the code, one graph per shape: (S, S), (K, S) and (K, K).
+        """Compile one layer; every layer shares the code, one graph per shape: (S, S), (K, S), (K, K) and (R, S).
 
         options: for torch.compile.
         """
-        # Masked and unmasked, and the rows of a "spread" step, add to the three shapes; the default limit is 8.
+        # Masked and unmasked, and the rows of a "spread" step, add to the four shapes; the default limit is 8.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         self._layer = torch.compile(self.adapter.layer, dynamic=False, **options)
         self.compiled = True
@@ -71,17 +86,17 @@ class Encoder:
             x = self.run_layer(i, x, x, batch.attention_mask)
         return x
 
-    def full_suffix(self, x: Tensor, mask: Tensor | None) -> Pass:
-        """The remaining layers on all tokens. x: [B, S, d] from `prefix`; mask: [B, S] or None."""
-        previous = x
-        for i in range(self.plan.cross if self.plan else 0, len(self.adapter.layers)):
-            previous, x = x, self.run_layer(i, x, x, mask)
-        return Pass(x, previous)
+    def full_suffix(self, x: Tensor, mask: Tensor | None, outputs: Places | None = None) -> Pass:
+        """The remaining layers on all tokens. x: [B, S, d] from `prefix`; mask: [B, S] or None; outputs: see `last_layer`."""
+        for i in range(self.plan.cross if self.plan else 0, len(self.adapter.layers) - 1):
+            x = self.run_layer(i, x, x, mask)
+        return Pass(self.last_layer(x, mask, outputs), x)
 
-    def dropped_suffix(self, x: Tensor, mask: Tensor | None, selection: Selection, recompute: bool = False) -> Pass:
+    def dropped_suffix(self, x: Tensor, mask: Tensor | None, selection: Selection, outputs: Places | None = None,
+                       recompute: bool = False) -> Pass:  # fmt: skip
         """The remaining layers, the middle ones on the kept tokens. x: [B, S, d] from `prefix`; mask: [B, S] or None.
 
-        recompute: keep these layers' inputs only, and run them again in the backward pass.
+        outputs: see `last_layer`. recompute: keep these layers' inputs only, and run them again in the backward pass.
         """
         assert self.plan is not None
         kept, slot = selection.kept, selection.slot
@@ -93,7 +108,18 @@ class Encoder:
         for i in self.plan.kept:
             y = run(i, y, y, selection.mask, kept, kept)
         merged = sctd_kernels.merge_tokens(x, y, kept, slot)
-        return Pass(run(self.plan.last, merged, merged, mask), y)
+        return Pass(self.last_layer(merged, mask, outputs, recompute), y)
+
+    def last_layer(self, x: Tensor, mask: Tensor | None, outputs: Places | None = None, recompute: bool = False) -> Tensor:
+        """Layer l on [B, S, d] states of layer l-1: its output everywhere, [B, S, d], or at `outputs` alone, [B, R, d].
+
+        Nothing follows that layer, so where no loss reads its output only its keys and values matter.
+        """
+        i = len(self.adapter.layers) - 1
+        if outputs is None:
+            return self.run_layer(i, x, x, mask, recompute=recompute)
+        queries = sctd_kernels.gather_tokens(x, outputs.at, outputs.slot)
+        return self.run_layer(i, queries, x, mask, outputs.at, recompute=recompute)
 
     def run_layer(self, index: int, queries: Tensor, context: Tensor, mask: Tensor | None, query_at: Tensor | None = None,
                   context_at: Tensor | None = None, recompute: bool = False) -> Tensor:  # fmt: skip
@@ -144,26 +170,34 @@ class ScTD:
         mask = None if batch.attention_mask is None else batch.attention_mask.gather(1, kept.long())
         return Selection(kept, slot, mask)
 
-    def passes(self, batch: Batch, mode: Mode) -> tuple[Pass | None, Pass | None, Selection | None, range]:
-        """Run the passes of `mode`: (dropped, full, selection, rows of the full pass)."""
-        encoder, mask = self.encoder, batch.attention_mask
-        rows = range(batch.input_ids.shape[0])
+    def locate(self, batch: Batch, mode: Mode) -> Labelled:
+        """Find the labelled tokens, and with them where the last layer has to be run in `mode`."""
+        config, adapter = self.config, self.adapter
+        labelled = locate_labels(batch.labels, adapter.ignore_index, config.labels_per_row, adapter.vocabulary)
+        reads_all = mode == "align" and config.align_on != "cls"
+        return labelled if config.last_layer == "all" or adapter.black_box or reads_all else labelled.narrowed()
+
+    def passes(self, batch: Batch, mode: Mode) -> Passes:
+        """Run the passes of `mode`."""
+        encoder, mask, labelled = self.encoder, batch.attention_mask, self.locate(batch, mode)
+        rows, outputs = range(batch.input_ids.shape[0]), labelled.outputs
         prefix = encoder.prefix(batch)
         if mode == "dense":
-            return None, encoder.full_suffix(prefix, mask), None, rows
+            return Passes(labelled, None, encoder.full_suffix(prefix, mask, outputs), None, rows)
         selection = self.select(batch)
         recompute = mode == "align" and self.config.recompute_align
-        dropped = encoder.dropped_suffix(prefix, mask, selection, recompute)
+        dropped = encoder.dropped_suffix(prefix, mask, selection, outputs, recompute)
         if mode == "drop":
-            return dropped, None, selection, range(0)
+            return Passes(labelled, dropped, None, selection, range(0))
         chosen = aligned_rows(self.config, self.step, len(rows))
         if not len(chosen):
-            return dropped, None, selection, chosen
+            return Passes(labelled, dropped, None, selection, chosen)
         if not self.config.shared_prefix:
             prefix = encoder.prefix(take_rows(batch, chosen))
         elif chosen != rows:
             prefix = prefix[chosen.start :: chosen.step].contiguous()  # a strided view would compile a graph of its own
-        return dropped, encoder.full_suffix(prefix, take_rows(batch, chosen).attention_mask), selection, chosen
+        full = encoder.full_suffix(prefix, take_rows(batch, chosen).attention_mask, labelled.take_rows(chosen).outputs)
+        return Passes(labelled, dropped, full, selection, chosen)
 
 
 def take_rows(batch: Batch, rows: range) -> Batch:

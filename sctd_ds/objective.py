@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import sctd_kernels
 import torch
 from torch import Tensor
 
 from sctd_ds.adapters import Batch
-from sctd_ds.encoder import Pass, ScTD, Selection, take_rows
-
-
-@dataclass
-class Labelled:
-    """The labelled tokens of a micro-batch in M slots per row: positions [B, M] int32, targets [B, M], ignored where unused."""
-
-    positions: Tensor
-    slot: Tensor
-    targets: Tensor
-    count: Tensor
-    """Number of labelled tokens, fp32, at least 1."""
-    fits: Tensor
-    """Bool: no row has more than M labels."""
-
+from sctd_ds.encoder import Pass, Passes, ScTD, Selection, take_rows
+from sctd_ds.labels import Labelled
 
 PARTS = ("ce_drop", "ce_full", "kl_last", "kl_previous", "ce_sentence", "loss")
 """Names of the objective's parts, see `evaluate`."""
@@ -31,20 +16,19 @@ PARTS = ("ce_drop", "ce_full", "kl_last", "kl_previous", "ce_sentence", "loss")
 
 def compute(state: ScTD, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """The objective of one micro-batch in the state's mode; returns what `evaluate` does."""
-    return evaluate(state, batch, *state.passes(batch, state.mode))
+    return evaluate(state, batch, state.passes(batch, state.mode))
 
 
-def evaluate(state: ScTD, batch: Batch, dropped: Pass | None, full: Pass | None, selection: Selection | None,
-             rows: range) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # fmt: skip
-    """The objective given the passes (see `ScTD.passes`), its detached parts, and the first token's finished state [B, 1, d].
+def evaluate(state: ScTD, batch: Batch, passes: Passes) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The objective given the passes, its detached parts, and the first token's finished state [B, 1, d].
 
     Drop step: CE(dropped). Align step: 1/2 CE(dropped) + 1/2 CE(full) + kl_weight (KL_l + KL_{l-1}), each row by itself
     when the schedule is "spread". Dense: CE(full). The dropped pass's token losses go to the importance table. A model's
     sentence-level loss is added once, with weight 1, from the dropped pass where there is one.
     Of the parts, those in PARTS that the mode and the model have.
     """
-    config, adapter = state.config, state.adapter
-    labelled = locate_labels(batch.labels, adapter.ignore_index, config.labels_per_row, adapter.vocabulary)
+    config, adapter, labelled = state.config, state.adapter, passes.labelled
+    dropped, full, selection, rows = passes.dropped, passes.full, passes.selection, passes.rows
     n = labelled.count
     parts: dict[str, Tensor] = {}
 
@@ -72,8 +56,7 @@ def evaluate(state: ScTD, batch: Batch, dropped: Pass | None, full: Pass | None,
             if config.objective == "released":
                 loss = ce_drop + kl
             else:
-                part = Labelled(labelled.positions[aligned], labelled.slot[aligned], labelled.targets[aligned],
-                                labelled.count, labelled.fits)  # fmt: skip
+                part = labelled.take_rows(rows)
                 full_sum = token_losses(state, full, part).sum()
                 # Rows that are not aligned keep their whole dropped loss; aligned ones share it with the full pass.
                 loss = (losses.sum() - 0.5 * losses[aligned].sum() + 0.5 * full_sum) / n + kl
@@ -91,41 +74,6 @@ def evaluate(state: ScTD, batch: Batch, dropped: Pass | None, full: Pass | None,
     if batch.items is not None:
         loss = loss * n / batch.items
     return loss, {name: value.detach().float() for name, value in parts.items()}, first
-
-
-def locate_labels(labels: Tensor, ignore_index: int, slots: int | None, vocabulary: int) -> Labelled:
-    """Find the labelled tokens of [B, S] labels without waiting for the device, given the slots per row.
-
-    slots None: the largest count in the micro-batch, which is read back from the device, and with it whether the labels
-    make sense: ValueError for ids outside the vocabulary, and where every token is labelled.
-    """
-    absent = labels == ignore_index
-    counts = (~absent).sum(dim=1)
-    if slots is None:
-        ids = labels.masked_fill(absent, 0)
-        slots, fewest, low, high = torch.stack([counts.max(), counts.min(), ids.min(), ids.max()]).tolist()
-        if low < 0 or high >= vocabulary:
-            raise ValueError(
-                f"labels hold {low if low < 0 else high}, but ids go from 0 to {vocabulary - 1} and this model ignores "
-                f"{ignore_index}: put {ignore_index} where nothing is predicted"
-            )
-        if fewest == labels.shape[1]:
-            raise ValueError(
-                f"every token has a label: this model ignores the label {ignore_index}, so put it where nothing is predicted"
-            )
-    slots = min(max(1, slots), labels.shape[1])
-    # A stable sort of one bit brings labelled positions to the front, in order.
-    order = torch.sort(absent.to(torch.uint8), dim=1, stable=True).indices
-    positions = order[:, :slots]
-    place = torch.arange(slots, device=labels.device).expand_as(positions)
-    slot = torch.full_like(labels, -1).scatter(1, positions, place)
-    return Labelled(
-        positions.to(torch.int32),
-        slot.to(torch.int32),
-        labels.gather(1, positions),
-        counts.sum().clamp(min=1).float(),
-        counts.max() <= slots,
-    )
 
 
 def token_losses(state: ScTD, states: Pass, labelled: Labelled) -> Tensor:

@@ -34,12 +34,13 @@ from torch import Tensor, nn
 from sctd_ds.adapters import Batch
 from sctd_ds.adapters.huggingface import BertAdapter
 from sctd_ds.config import ConfigError, ScTDConfig, check_stages
-from sctd_ds.encoder import Pass, ScTD, Selection, convert, set_mode, state_of, take_rows
+from sctd_ds.encoder import Pass, Passes, ScTD, Selection, convert, set_mode, state_of, take_rows
 from sctd_ds.engine import ENGINES, StepLogic
+from sctd_ds.labels import Labelled
 from sctd_ds.objective import evaluate
 from sctd_ds.schedule import MODES, Mode, Shape, aligned_rows, kept_tokens, mean_cost, part_flops
 
-Visit = Callable[[Batch, Pass, Pass | None], None]
+Visit = Callable[[Batch, Passes], None]
 
 
 @dataclass
@@ -57,9 +58,10 @@ class Streams:
     """Dropped pass, kept tokens [B, K, d], from the cross layer on."""
     full: Any = None
     """Full pass [R, S, d], from where the passes part."""
+    labelled: Labelled | None = None
     dropped_pass: Pass | None = None
-    full_pass: Any = None
-    """Results of the last layer."""
+    full_pass: Pass | None = None
+    """Results of the last layer, and where it was run."""
 
 
 class Embedding(nn.Module):
@@ -93,26 +95,39 @@ class EncoderLayer(nn.Module):
         i, encoder, rows, selection = self.index, self.state.encoder, streams.rows, streams.selection
         plan: Any = encoder.plan
         mask = streams.batch.attention_mask
+        if i == len(encoder.adapter.layers) - 1:
+            return self._last(streams)
         if selection is not None and i == plan.cross and len(rows) and streams.full is None:
             streams.full = streams.x[rows.start :: rows.step]
         if streams.full is not None:
-            before, row_mask = streams.full, take_rows(streams.batch, rows).attention_mask
-            streams.full = encoder.run_layer(i, before, before, row_mask)
-            if i == len(encoder.adapter.layers) - 1:
-                streams.full_pass = Pass(streams.full, before)
+            row_mask = take_rows(streams.batch, rows).attention_mask
+            streams.full = encoder.run_layer(i, streams.full, streams.full, row_mask)
         if selection is None:
             return streams
         kept, slot, x, y = selection.kept, selection.slot, streams.x, streams.y
-        recompute = i >= plan.cross and self.state.mode == "align" and self.state.config.recompute_align
+        recompute = i >= plan.cross and self._recompute
         if i in plan.full:
             streams.x = encoder.run_layer(i, x, x, mask)
         elif i == plan.cross:
             streams.y = encoder.run_layer(i, sctd_kernels.gather_tokens(x, kept, slot), x, mask, recompute=recompute)
-        elif i in plan.kept:
-            streams.y = encoder.run_layer(i, y, y, selection.mask, recompute=recompute)
         else:
-            merged = sctd_kernels.merge_tokens(x, y, kept, slot)
-            streams.dropped_pass = Pass(encoder.run_layer(i, merged, merged, mask, recompute=recompute), y)
+            streams.y = encoder.run_layer(i, y, y, selection.mask, recompute=recompute)
+        return streams
+
+    @property
+    def _recompute(self) -> bool:
+        return self.state.mode == "align" and self.state.config.recompute_align
+
+    def _last(self, streams: Streams) -> Streams:
+        encoder, batch, rows, selection = self.state.encoder, streams.batch, streams.rows, streams.selection
+        streams.labelled = labelled = self.state.locate(batch, self.state.mode)
+        if streams.full is not None:
+            row_mask, outputs = take_rows(batch, rows).attention_mask, labelled.take_rows(rows).outputs
+            streams.full_pass = Pass(encoder.last_layer(streams.full, row_mask, outputs), streams.full)
+        if selection is not None:
+            merged = sctd_kernels.merge_tokens(streams.x, streams.y, selection.kept, selection.slot)
+            last = encoder.last_layer(merged, batch.attention_mask, labelled.outputs, self._recompute)
+            streams.dropped_pass = Pass(last, streams.y)
         return streams
 
 
@@ -126,11 +141,13 @@ class Head(nn.Module):
         self.collect: Callable[[Mapping[str, Tensor]], None] = lambda parts: None
 
     def forward(self, streams: Streams) -> Tensor:
-        batch, dropped, full = streams.batch, streams.dropped_pass, streams.full_pass
+        batch = streams.batch
+        assert streams.labelled is not None
+        passes = Passes(streams.labelled, streams.dropped_pass, streams.full_pass, streams.selection, streams.rows)
         if self.visit is not None:
-            self.visit(batch, full, dropped)
+            self.visit(batch, passes)
             return torch.zeros((), device=batch.input_ids.device)
-        loss, self.state.parts, _ = evaluate(self.state, batch, dropped, full, streams.selection, streams.rows)
+        loss, self.state.parts, _ = evaluate(self.state, batch, passes)
         self.collect(self.state.parts)
         return loss
 
@@ -291,7 +308,7 @@ class ScTDPipelineEngine(StepLogic, PipelineEngine):
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]], visit: Visit) -> None:
         """Run both passes (the full one alone where the method drops nothing) without dropout.
 
-        visit(batch, full, dropped): called on the last stage for each micro-batch. Every stage must be given the same ones.
+        visit(batch, passes): called on the last stage for each micro-batch. Every stage must be given the same ones.
         """
         training, mode, head = self.module.training, self.sctd.mode, self.module.head
         self.module.eval()

@@ -92,8 +92,9 @@ def part_flops(shape: Shape, config: ScTDConfig, mode: Mode, head_rows: int | No
     """Operations of one sequence in each encoder layer and, last, in the head, forward and backward (twice the forward).
 
     A product of [m, k] and [k, n] counts 2mkn; attention counts 4 * queries * keys * hidden; normalisation, activation and
-    softmax count nothing. head_rows: rows the output head runs on (default: the labelled ones). An "align" sequence with
-    the "spread" schedule is the average over a row that aligns and interval - 1 rows that do not.
+    softmax count nothing. head_rows: rows the output head of a plain model runs on, whose last layer runs everywhere
+    (default: the labelled ones, and the last layer as `config` says). An "align" sequence with the "spread" schedule is the
+    average over a row that aligns and interval - 1 rows that do not.
     """
     d, f, s = shape.hidden, shape.intermediate, shape.length
     k = kept_tokens(s, config.drop_ratio)
@@ -103,11 +104,14 @@ def part_flops(shape: Shape, config: ScTDConfig, mode: Mode, head_rows: int | No
 
     rows = shape.labels if head_rows is None else head_rows
     head = 2 * rows * d * (d + shape.vocabulary)
-    full = [layer(s, s)] * shape.layers
+    reads_all = mode == "align" and config.align_on != "cls"
+    narrow = head_rows is None and config.last_layer == "labelled" and not reads_all
+    last = layer(min(shape.labels + 1, s) if narrow else s, s)
+    full = [*[layer(s, s)] * (shape.layers - 1), last]
     if mode == "dense":
         return [3 * flops for flops in (*full, head)]
     plan = LayerPlan(shape.layers)
-    dropped = [*full[: plan.cross], layer(k, s), *[layer(k, k)] * len(plan.kept), layer(s, s), head]
+    dropped = [*full[: plan.cross], layer(k, s), *[layer(k, k)] * len(plan.kept), last, head]
     if mode == "drop":
         return [3 * flops for flops in dropped]
     share = 1 / config.interval if config.align_schedule == "spread" else 1

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sctd_ds.adapters import Batch
-from sctd_ds.encoder import Pass, ScTD, state_of
-from sctd_ds.objective import locate_labels, token_losses
+from sctd_ds.encoder import Passes, ScTD, state_of
+from sctd_ds.objective import token_losses
 
 
 @torch.no_grad()
@@ -32,8 +32,8 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
         names += ["loss_drop", "kl_last", "kl_previous", "cosine_last", "cosine_previous"]
     sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
-    def visit(batch: Batch, full: Pass, dropped: Pass | None) -> None:
-        for name, value in _measure(state, batch, full, dropped).items():
+    def visit(batch: Batch, passes: Passes) -> None:
+        for name, value in _measure(state, batch, passes).items():
             sums[name] += value.double()
 
     # The random policy draws numbers; training must not notice.
@@ -45,20 +45,26 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
             model.eval()
             for raw in batches:
                 batch = state.adapter.batch((), {key: value.to(device) for key, value in raw.items()})
-                prefix = state.encoder.prefix(batch)
-                full = state.encoder.full_suffix(prefix, batch.attention_mask)
-                dropped = None
-                if state.encoder.plan is not None:
-                    dropped = state.encoder.dropped_suffix(prefix, batch.attention_mask, state.select(batch))
-                visit(batch, full, dropped)
+                visit(batch, both_passes(state, batch))
             model.train(training)
     return _means(sums)
 
 
-def _measure(state: ScTD, batch: Batch, full: Pass, dropped: Pass | None) -> dict[str, Tensor]:
+def both_passes(state: ScTD, batch: Batch) -> Passes:
+    """The full pass of all rows, and the dropped one where the method has it; what they share is run once."""
+    rows, labelled, mask = range(len(batch.input_ids)), state.locate(batch, "dense"), batch.attention_mask
+    prefix, selection, dropped = state.encoder.prefix(batch), None, None
+    full = state.encoder.full_suffix(prefix, mask, labelled.outputs)
+    if state.encoder.plan is not None:
+        selection = state.select(batch)
+        dropped = state.encoder.dropped_suffix(prefix, mask, selection, labelled.outputs)
+    return Passes(labelled, dropped, full, selection, rows)
+
+
+def _measure(state: ScTD, batch: Batch, passes: Passes) -> dict[str, Tensor]:
     """Sums over one micro-batch."""
-    adapter = state.adapter
-    labelled = locate_labels(batch.labels, adapter.ignore_index, state.config.labels_per_row, adapter.vocabulary)
+    adapter, labelled, full, dropped = state.adapter, passes.labelled, passes.full, passes.dropped
+    assert full is not None
     sums = {
         "labels": labelled.count,
         "rows": torch.full_like(labelled.count, len(batch.input_ids)),

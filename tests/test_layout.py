@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # What each module of sctd_ds may import of ours, at import time. Later ones build on earlier ones; there are no cycles.
 ORDER = [
-    "config", "schedule", "importance", "adapters", "encoder", "objective", "validation", "engine", "pipeline", "huggingface",
+    "config", "schedule", "importance", "adapters", "labels", "encoder", "objective", "validation", "engine", "pipeline", "huggingface",
     "checkpoint", "metrics", "probe", "report", "data", "apex", "job", "recipes", "trainer",
 ]  # fmt: skip
 

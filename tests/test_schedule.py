@@ -44,15 +44,32 @@ def test_spread_aligns_every_row_once_per_interval():
 
 def test_operations_of_bert_at_512():
     """GFLOP per sequence, forward and backward, as counted by hand for the published models."""
-    config = ScTDConfig()
-    assert [round(sequence_flops(LARGE, config, m) / 1e9, 1) for m in ("dense", "drop", "align")] == [1019.9, 763.1, 1322.4]
-    assert [round(sequence_flops(BASE, config, m) / 1e9, 1) for m in ("dense", "drop", "align")] == [301.0, 227.3, 407.5]
-    two_passes = ScTDConfig(shared_prefix=False)
+    modes = ("dense", "drop", "align")
+    whole = ScTDConfig(last_layer="all")
+    assert [round(sequence_flops(LARGE, whole, m) / 1e9, 1) for m in modes] == [1019.9, 763.1, 1322.4]
+    assert [round(sequence_flops(BASE, whole, m) / 1e9, 1) for m in modes] == [301.0, 227.3, 407.5]
+    two_passes = ScTDConfig(shared_prefix=False, last_layer="all")
     assert round(sequence_flops(LARGE, two_passes, "align") / 1e9, 1) == 1783.0
 
 
+@pytest.mark.parametrize("mode", ["dense", "drop", "align"])
+def test_last_layer_costs_what_its_positions_cost(mode):
+    """77 labelled tokens and [CLS] instead of 512, in everything but the keys and values: 10/12 of the products and QK, PV."""
+    per_position = 3 * (4 * 1024 * 1024 + 4 * 1024 * 4096 + 4 * 512 * 1024)
+    whole, narrow = (sequence_flops(LARGE, ScTDConfig(last_layer=x), mode) for x in ("all", "labelled"))
+    assert whole - narrow == (2 if mode == "align" else 1) * (512 - 78) * per_position
+    # The KL of all kept tokens reads the last layer everywhere, in align steps; a plain model's runs everywhere too.
+    kept = (sequence_flops(LARGE, ScTDConfig(last_layer=x, align_on="kept"), mode) for x in ("all", "labelled"))
+    assert len(set(kept)) == (1 if mode == "align" else 2)
+    assert sequence_flops(LARGE, ScTDConfig(), "dense", head_rows=77) == sequence_flops(
+        LARGE, ScTDConfig(last_layer="all"), "dense"
+    )
+
+
 def test_savings_of_bert_large():
-    assert [round(100 * flops_saved(LARGE, ScTDConfig(interval=i)), 1) for i in (5, 10, 20, 50)] == [14.2, 19.7, 22.4, 24.1]
+    whole = [ScTDConfig(interval=i, last_layer="all") for i in (5, 10, 20, 50)]
+    assert [round(100 * flops_saved(LARGE, config), 1) for config in whole] == [14.2, 19.7, 22.4, 24.1]
+    assert [round(100 * flops_saved(LARGE, ScTDConfig(interval=i)), 1) for i in (5, 10, 20, 50)] == [15.3, 20.6, 23.3, 24.9]
     spread = ScTDConfig(interval=10, align_schedule="spread")
     assert flops_saved(LARGE, spread) == pytest.approx(flops_saved(LARGE, ScTDConfig(interval=10)))
     assert flops_saved(LARGE, ScTDConfig(method="dense")) == 0
