@@ -1,21 +1,36 @@
-"""A plain Hugging Face folder out of a training engine or model."""
+"""A plain Hugging Face folder out of a training engine or model, with the importance table beside the weights."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+IMPORTANCE = "importance.safetensors"
+"""In an exported folder: "scores", [V] fp32 on the CPU, and as metadata the method's drop_ratio and importance policy."""
+
+
+@dataclass(frozen=True)
+class ImportanceTable:
+    """What a run had learned of its vocabulary: scores [V] fp32, and the share of the tokens that it dropped by them."""
+
+    scores: Tensor
+    drop_ratio: float
 
 
 def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card: str | None = None) -> Path:
     """Write a folder that AutoModelForMaskedLM.from_pretrained loads: fp32 weights, config, and tokenizer and card if given.
 
-    With an engine every rank must call this (ZeRO keeps the fp32 weights in shares); rank 0 writes. The folder appears
-    whole or not at all, and replaces one of the same name.
+    A model that drops tokens by a learned table gets this too, see `read_importance`. With an engine every rank must call
+    this (ZeRO keeps the fp32 weights in shares); rank 0 writes. The folder appears whole or not at all, and replaces one of
+    the same name.
     """
     folder = Path(folder)
     model = _plain(engine_or_model)
@@ -28,6 +43,7 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         plain.save_pretrained(partial)
+        _write_importance(engine_or_model, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if card is not None:
@@ -38,6 +54,21 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
     if dist.is_initialized():
         dist.barrier()
     return folder
+
+
+def read_importance(folder: str | Path) -> ImportanceTable | None:
+    """The table of an exported folder; None where there is none: a dense model, one that dropped at random, or not ours.
+
+    Raises ValueError for a file that is damaged or not one of ours.
+    """
+    file = Path(folder) / IMPORTANCE
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as content:
+            return ImportanceTable(content.get_tensor("scores"), float((content.metadata() or {})["drop_ratio"]))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{file}: not an importance table that can be read ({error}); export the model again") from None
 
 
 def full_precision_state(engine_or_model: Any) -> dict[str, torch.Tensor]:
@@ -57,6 +88,14 @@ def full_precision_state(engine_or_model: Any) -> dict[str, torch.Tensor]:
     state = {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in state.items()}
     gather = getattr(engine_or_model, "gather_state", None)
     return gather(state) if gather else state
+
+
+def _write_importance(engine_or_model: Any, folder: Path) -> None:
+    state = getattr(getattr(engine_or_model, "module", engine_or_model), "_sctd", None)
+    # Random dropping has no table to speak of, and a dense model none at all.
+    if state is not None and state.encoder.plan is not None and state.config.importance != "random":
+        about = {"drop_ratio": str(state.config.drop_ratio), "importance": state.config.importance}
+        save_file({"scores": state.importance.state_dict()["scores"].contiguous()}, folder / IMPORTANCE, metadata=about)
 
 
 def _plain(engine_or_model: Any) -> Any:

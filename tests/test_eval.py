@@ -1,6 +1,7 @@
 """Evaluation: data and its errors, metrics against cases worked out by hand, and every task end to end on its twin."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -19,11 +20,14 @@ from sctd_ds.grammar import main as write_grammar
 TINY = Limits(max_steps=2, max_train=48, max_eval=24)
 
 
+LAUNCHER = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+
+
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     """The Trainer takes these for a launcher's."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+    for name in LAUNCHER:
+        monkeypatch.delenv(name)
     torch.set_num_threads(1)
 
 
@@ -401,6 +405,103 @@ def test_importance_is_the_mean_masked_loss(model_folder):
     assert set(table[unseen].tolist()) <= {10.0, 10000.0}
 
 
+def trained(model_folder, **changes):
+    """The tiny model, converted, with a table of its own."""
+    import transformers
+
+    import sctd_ds
+
+    network = transformers.AutoModelForMaskedLM.from_pretrained(model_folder)
+    sctd_ds.convert(network, sctd_ds.ScTDConfig(**{"drop_ratio": 0.25, "keep_token_ids": [1], **changes}))
+    generator = torch.Generator().manual_seed(3)
+    table = sctd_ds.importance(network).scores
+    table.copy_(torch.rand(table.shape, generator=generator))
+    return network, transformers.AutoTokenizer.from_pretrained(model_folder)
+
+
+def test_export_of_a_model_carries_its_table_and_still_loads_without_a_word(model_folder, tmp_path, caplog):
+    import transformers
+
+    import sctd_ds
+    from sctd_ds.huggingface import IMPORTANCE, read_importance
+
+    network, tokenizer = trained(model_folder)
+    folder = sctd_ds.export(network, tmp_path / "model", tokenizer)
+    table = read_importance(folder)
+    assert torch.equal(table.scores, sctd_ds.importance(network).scores) and table.drop_ratio == 0.25
+    transformers.utils.logging.enable_propagation()
+    loaded, told = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    transformers.utils.logging.disable_propagation()
+    assert not any(told.values()) and not [r for r in caplog.records if r.levelno >= 30]
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), network.parameters(), strict=True))
+    for none in ({"method": "dense"}, {"importance": "random"}):
+        network, _ = trained(model_folder, **none)
+        assert not (sctd_ds.export(network, tmp_path / "model") / IMPORTANCE).exists()  # and the old folder is gone
+    (tmp_path / "model" / IMPORTANCE).write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match=r"importance\.safetensors: not an importance table"):
+        read_importance(tmp_path / "model")
+
+
+def test_export_of_an_engine_a_pipeline_and_a_trainer_run_carries_the_table(tmp_path, monkeypatch):
+    """One rank each; on several, only the gathering of the weights differs, which test_engine and test_pipeline hold."""
+    import transformers
+    from conftest import settings
+
+    import sctd_ds
+    from sctd_ds.huggingface import read_importance
+
+    shape = {**settings()["pretrain"]["model"], "vocab_size": 64, "max_position_embeddings": 16}
+    ids = torch.randint(5, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+    labels = torch.where(torch.arange(16) % 4 == 1, ids, -100)
+    batch, method = {"input_ids": ids, "labels": labels}, {"keep_token_ids": [1], "drop_ratio": 0.25}
+    run = {"train_batch_size": 4, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+           "zero_optimization": {"stage": 1}, "sctd": method}  # fmt: skip
+
+    def network():
+        return transformers.BertForMaskedLM(transformers.BertConfig(**shape))
+
+    trainer = transformers.Trainer(
+        network(), transformers.TrainingArguments(tmp_path / "trainer", max_steps=2, report_to="none", use_cpu=True),
+        train_dataset=[{name: value[i] for name, value in batch.items()} for i in range(4)],
+        callbacks=[sctd_ds.ScTDCallback(sctd_ds.ScTDConfig(**method))],
+    )  # fmt: skip
+    trainer.train()
+    for name, value in LAUNCHER.items():
+        monkeypatch.setenv(name, value)
+    engine, *_ = sctd_ds.initialize(model=network(), config=run)
+    engine.train_batch(iter([batch]))
+    piped, *_ = sctd_ds.initialize(model=sctd_ds.Pipeline(network(), sctd_ds.ScTDConfig(**method), stages=1), config=run)
+    piped.train_batch(iter([batch]))
+    for name, thing in {"engine": engine, "pipeline": piped, "trainer": trainer.model}.items():
+        table = read_importance(sctd_ds.export(thing, tmp_path / name))
+        learned = sctd_ds.importance(getattr(thing, "module", thing)).scores
+        assert torch.equal(table.scores, learned) and table.drop_ratio == 0.25
+        assert (learned != 10).sum() > 4, name  # it has learned: labels were seen
+
+
+def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_folder, tmp_path):
+    import sctd_ds
+
+    texts = list(Language().documents(60))
+    network, tokenizer = trained(model_folder)
+    own = Model("own", str(sctd_ds.export(network, tmp_path / "own", tokenizer)))
+    opened = analysis.open_model(own)
+    rows = analysis.windows(opened, texts, 32, 8)
+    analysis.estimate_importance(opened, rows)  # has no need to
+    assert torch.equal(opened.state.importance.scores, sctd_ds.importance(network).scores)
+    _, dropped, selection = analysis.passes(opened, rows[0])
+    scores = opened.state.importance.scores[rows[0]].index_fill(1, torch.tensor([0]), torch.inf)
+    expected = scores.sort(descending=True, stable=True).indices[:, :24].sort().values  # a quarter of 32 is dropped
+    assert dropped[2].shape[1] == 24 and torch.equal(selection.kept.long(), expected)
+    moved = {m.name: analysis.drift(m, texts, length=32, count=8) for m in (own, Model("other", str(model_folder)))}
+    assert moved["own"]["about"]["importance"] == "learned" and moved["other"]["about"]["importance"] == "estimated"
+    told = report.tables_used(moved, ["own", "other"])
+    assert "own 25% by the table of its own run; other 50% by a table estimated" in told
+    (tmp_path / "own" / "importance.safetensors").write_bytes(b"")
+    with pytest.raises(EvalError, match=r"importance\.safetensors"):
+        analysis.open_model(own)
+
+
 def test_sentences_of_a_batch_have_one_length(model_folder):
     opened = analysis.open_model(Model("tiny", str(model_folder)))
     sentences = [s for _, s in Language().probe("tense", 150, "train")] + ["the", "the near"]
@@ -425,7 +526,7 @@ def test_drift_is_one_without_dropping_and_falls_with_it(model_folder):
     texts = list(Language().documents(60))
     model = Model("tiny", str(model_folder))
     result = analysis.drift(model, texts, str(model_folder), length=32, count=40)
-    assert result["rows"] == 40 and len(result["layer_cls"]) == 4
+    assert result["about"]["rows"] == 40 and len(result["layer_cls"]) == 4
     # Up to the cross layer, both passes know the same.
     assert result["layer_cls"][:2] == pytest.approx([1, 1]) and result["layer_mean"][:2] == pytest.approx([1, 1])
     assert result["layer_cls"][2] < 1 - 1e-9 and result["masked_and_dropped"] < result["masked"] < 1

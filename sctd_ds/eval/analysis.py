@@ -1,8 +1,9 @@
 """What token dropping does to meaning: layer probes (Figures 4 and 8 of the paper) and semantic drift (Figure 3).
 
 Both look at a frozen model in two passes, the full one and the one with dropping active, exactly as training runs them.
-Which tokens are dropped depends on an importance table, which an exported folder does not have. Here it is estimated from the
-model itself: the mean masked-LM loss of its full pass per vocabulary id, over the text under analysis, the same for all models.
+Which tokens are dropped depends on an importance table. A folder that `sctd_ds.export` wrote has the one that the run learned;
+for a dense model, or another one, it is estimated: the mean masked-LM loss of the model's full pass per vocabulary id, over
+the text under analysis. Results say under "about" which of the two it was.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,9 @@ from sctd_ds.config import ScTDConfig
 from sctd_ds.encoder import ScTD, Selection, convert, state_of
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.store import Model
+from sctd_ds.huggingface import read_importance
 
+DROPPED = 0.5  # share of the tokens, where the model's folder does not say
 MASKED = 0.15  # share of the tokens, as in pretraining
 ROWS = 64  # per forward pass
 PENALTIES = (0.01, 0.1, 1.0)  # inverse regularisation of the linear probe, chosen on the validation part
@@ -31,11 +34,12 @@ PENALTIES = (0.01, 0.1, 1.0)  # inverse regularisation of the linear probe, chos
 
 @dataclass
 class Opened:
-    """A frozen model, converted to drop tokens, with its tokenizer."""
+    """A frozen model, converted to drop tokens, with its tokenizer. table: where its importance table comes from."""
 
     network: Any
     tokenizer: Any
     state: ScTD
+    table: Literal["learned", "estimated"]
 
     @property
     def device(self) -> torch.device:
@@ -48,18 +52,27 @@ class Opened:
         assert plan is not None
         return plan.cross + 1, plan.last
 
+    def about(self) -> dict[str, Any]:
+        """What a reader must know to compare two results."""
+        layers, ratio = list(self.dropped_layers), self.state.config.drop_ratio
+        return {"importance": self.table, "drop_ratio": ratio, "dropped_layers": layers}
 
-def open_model(model: Model, drop_ratio: float = 0.5) -> Opened:
+
+def open_model(model: Model) -> Opened:
     """Load a masked-LM folder for analysis. Raises EvalError for one that cannot drop tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
     network: Any = transformers.AutoModelForMaskedLM.from_pretrained(model.path)
     pinned = [i for i in (getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask")) if i is not None]
     try:
-        convert(network, ScTDConfig(method="token_drop", drop_ratio=drop_ratio, keep_token_ids=pinned))
+        learned = read_importance(model.path)
+        ratio = learned.drop_ratio if learned else DROPPED
+        convert(network, ScTDConfig(method="token_drop", drop_ratio=ratio, keep_token_ids=pinned))
+        if learned:
+            state_of(network).importance.load_state_dict({"scores": learned.scores})
     except ValueError as error:
         raise EvalError(f"{model.path}: probes and drift need a model that can drop tokens ({error})") from None
     network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Opened(network, tokenizer, state_of(network))
+    return Opened(network, tokenizer, state_of(network), "learned" if learned else "estimated")
 
 
 @torch.no_grad()
@@ -100,10 +113,12 @@ def passes(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Sel
 
 @torch.no_grad()
 def estimate_importance(opened: Opened, rows: Sequence[Tensor], seed: int = 0, rounds: int = 4) -> None:
-    """Fill the model's importance table from the full pass's masked-LM losses. rows: batches of ids [B, S].
+    """Fill the table of a model that brought none from the full pass's masked-LM losses. rows: batches of ids [B, S].
 
     rounds: how often each row is masked anew. Ids that are never masked keep the start value: unknown, so important.
     """
+    if opened.table == "learned":
+        return
     importance, adapter = opened.state.importance, opened.state.adapter
     importance.to(opened.device)
     generator = torch.Generator().manual_seed(seed)
@@ -183,7 +198,7 @@ def probe(model: Model, examples: Examples, seed: int = 0, max_train: int = 20_0
     """Test accuracy (%) of a linear probe on every layer, for both passes and both poolings.
 
     examples: (label, sentence) by split: train, validation, test. Returns lists over the layers under "full_cls", "full_mean",
-    "dropped_cls" and "dropped_mean", the accuracy of a bag of words under "bag_of_words", and "dropped_layers".
+    "dropped_cls" and "dropped_mean", the accuracy of a bag of words under "bag_of_words", and `Opened.about`.
     """
     from sklearn.feature_extraction.text import CountVectorizer
 
@@ -199,7 +214,7 @@ def probe(model: Model, examples: Examples, seed: int = 0, max_train: int = 20_0
     opened = open_model(model)
     estimate_importance(opened, [ids for _, ids in by_length(opened, text["train"][:2000])], seed)
     embedded = {split: embed(opened, sentences) for split, sentences in text.items()}
-    result: dict[str, Any] = {"dropped_layers": list(opened.dropped_layers)}
+    result: dict[str, Any] = {"about": opened.about()}
     for key in embedded["train"]:
         result["_".join(key)] = [
             linear_probe({split: embedded[split][key][i] for split in parts}, labels)
@@ -268,7 +283,7 @@ def drift(model: Model, texts: Sequence[str], sentence_encoder: str | None = Non
                 # [MASK] stays in the text; the other special tokens are none of the sentence encoder's.
                 add(name, F.cosine_similarity(original, encoder(_decode(opened, text))).sum())
     result = {name: (value / number).tolist() for name, value in sums.items()}
-    return {**result, "dropped_layers": list(opened.dropped_layers), "rows": number, "length": length}
+    return {**result, "about": {**opened.about(), "rows": number, "length": length}}
 
 
 def _decode(opened: Opened, ids: Tensor) -> list[str]:

@@ -71,11 +71,13 @@ def write(folder: Path, models: Sequence[str], curves: Mapping[str, list[dict[st
     for task in PROBES:
         found = {r["model"]: r["scores"] for r in records if r["task"] == f"probe-{task}"}
         if found:
-            parts += [f"## Probing: {task} (Figures 4 and 8)", table(*probe_table(found, models)), f"![]({task}.png)"]
+            parts += [f"## Probing: {task} (Figures 4 and 8)", tables_used(found, models)]
+            parts += [table(*probe_table(found, models)), f"![]({task}.png)"]
             _plot_probe(found, models, task, folder / f"{task}.png")
     drifted = {r["model"]: r["scores"] for r in records if r["task"] == "drift"}
     if drifted:
-        parts += ["## Semantic drift (Figure 3)", table(*drift_table(drifted, models)), "![](drift.png)"]
+        parts += ["## Semantic drift (Figure 3)", tables_used(drifted, models)]
+        parts += [table(*drift_table(drifted, models)), "![](drift.png)"]
         _plot_drift(drifted, models, folder / "drift.png")
     if curves:
         _plot_curves(curves, folder / "curves.png")
@@ -88,7 +90,7 @@ def write(folder: Path, models: Sequence[str], curves: Mapping[str, list[dict[st
         writer.writerow(["model", "task", "metric", "layer", "seed", "value", "device", "torch", "transformers"])
         for record in records:
             for metric, value in record["scores"].items():
-                if metric in ("dropped_layers", "rows", "length"):
+                if metric == "about":
                     continue
                 for layer, x in enumerate(value, 1) if isinstance(value, list) else [("", value)]:
                     writer.writerow([record["model"], record["task"], metric, layer, record["settings"].get("seed"), x,
@@ -193,6 +195,14 @@ def drift_table(found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -
     return header, rows
 
 
+def tables_used(found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> str:
+    """A sentence: by which importance table each model dropped which share of its tokens."""
+    source = {"learned": "the table of its own run", "estimated": "a table estimated from its losses on this text"}
+    about = {model: found[model]["about"] for model in models if model in found}
+    said = [f"{model} {a['drop_ratio']:.0%} by {source[a['importance']]}" for model, a in about.items()]
+    return f"Tokens dropped: {'; '.join(said)}."
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """A Markdown table; rows may be short, and None is an empty cell."""
     lines = [list(header), ["---"] * len(header)]
@@ -233,8 +243,9 @@ def _plot_probe(found: Mapping[str, Mapping[str, Any]], models: Sequence[str], t
                     range(1, len(values) + 1), values, style, marker="o", ms=3, color=f"C{color}", label=f"{model}, {view}"
                 )
         any_model = next(iter(found.values()))
+        first, last = any_model["about"]["dropped_layers"]
         axis.axhline(any_model["bag_of_words"], color="k", lw=0.8, ls=":", label="bag of words")
-        axis.axvspan(any_model["dropped_layers"][0] - 0.5, any_model["dropped_layers"][1] + 0.5, color="0.9", zorder=0)
+        axis.axvspan(first - 0.5, last + 0.5, color="0.9", zorder=0)
         axis.set(title=f"{task}, {'[CLS]' if pooling == 'cls' else 'mean'}", xlabel="layer (grey: without dropped tokens)",
                  ylabel="probe accuracy (%)")  # fmt: skip
         axis.legend(fontsize=7, loc="lower left")
