@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ class Environment:
             triton_version = "none"
         gpu = torch.cuda.is_available()
         return cls(
-            device=torch.cuda.get_device_name() if gpu else platform.machine(),
+            device=torch.cuda.get_device_name() if gpu else f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
             commit=commit(),
             torch=torch.__version__,
             triton=triton_version,
@@ -67,6 +68,16 @@ def commit() -> str:
         return os.environ["SCTD_COMMIT"]
     result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return result.stdout.strip() or "unknown"
+
+
+def single_process() -> None:
+    """Tell DeepSpeed that this process is the only rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for key, value in alone.items():
+        os.environ.setdefault(key, str(value))
 
 
 @dataclass(frozen=True)

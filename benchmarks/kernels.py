@@ -311,17 +311,14 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], environment: harness.Enviro
 
 
 def load_random_ltd() -> Any:
-    """DeepSpeed's random-LTD operators, or None with the reason printed: they are compiled on first use."""
+    """DeepSpeed's random-LTD operators, or None with the reason printed. DeepSpeed is needed for this comparison only."""
     try:
-        from deepspeed.ops.op_builder import RandomLTDBuilder
-        from deepspeed.ops.random_ltd import dropping_utils
+        from benchmarks import random_ltd
 
-        dropping_utils.random_ltd_module = RandomLTDBuilder().load(verbose=False)
-    except Exception as error:  # a missing package, compiler or CUDA toolkit: the comparison is left out, by name
-        reason = str(error).strip() or type(error).__name__
-        print(f"random-LTD is left out: {reason.splitlines()[0][:160]}")
+        return random_ltd.load()
+    except (ImportError, RuntimeError) as error:
+        print(f"random-LTD is left out: {error}")
         return None
-    return dropping_utils
 
 
 def print_floors(quick: bool) -> None:

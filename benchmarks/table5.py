@@ -16,16 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Environment
-from benchmarks.train_step import (
-    ALIGN,
-    SEPARATE,
-    VARIANTS,
-    Case,
-    add_arguments,
-    make_setup,
-    record,
-    run,
-)
+from benchmarks.steps import ALIGN, BY_NAME, SEPARATE, Case
+from benchmarks.train_step import add_arguments, make_setup, record, run
 from sctd_ds.schedule import flops_saved
 
 # Hours of 35K pretraining steps of BERT-large at 512 tokens (Zhong et al., ACL 2023, Table 5).
@@ -57,7 +49,7 @@ def compare(rows: Sequence[Mapping[str, Any]], case: Case) -> list[dict[str, Any
         for prefix, suffix in (("shared", ""), ("separate", SEPARATELY)):
             variant = name if name == "drop" else name + suffix
             settings = {"method": "token_drop"} if name == "drop" else {"interval": int(name.split("=")[1])}
-            config = case.config(VARIANTS[2]).model_copy(update={**settings, "shared_prefix": prefix == "shared"})
+            config = case.config(BY_NAME["dense"]).model_copy(update={**settings, "shared_prefix": prefix == "shared"})
             line[f"{prefix}_ideal"] = flops_saved(case.shape, config)
             line[f"{prefix}_measured"] = 1 - ratio[variant] if variant in ratio else None
         table.append(line)
@@ -93,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment = Environment(**kept)
     else:
         setup = make_setup(arguments)
-        variants = [variant for variant in VARIANTS if variant.name in ("dense", "drop", ALIGN, SEPARATE)]
+        variants = [BY_NAME[name] for name in ("dense", "drop", ALIGN, SEPARATE)]
         rows = run([case], setup, phases=["engine"], variants=variants, steps=arguments.steps, folder=folder / "table5")
     table = compare(rows, case)
     print(f"\nBERT-{case.model}, {case.length} tokens, {environment.device}: share of the dense step's time that is saved")

@@ -6,142 +6,54 @@
 Two measurements: "bare" is forward and backward of one micro-batch; "engine" is a whole optimizer step of the real engine
 (DeepSpeed, ZeRO-2, AdamW, gradient clipping, the importance table). Variants take turns (A B C A B C ...) in bursts of a
 few steps, so that a drifting clock meets all of them. Inputs are random ids with exactly the labels per row that
-pretraining has; results go to <out>/<device>/ as CSV and PNG.
+pretraining has; results go to <out>/<device>/ as CSV, Markdown and PNG.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
-import os
-import socket
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor, nn
-from torch.profiler import record_function
-from transformers import BertConfig, BertForMaskedLM
+from torch import Tensor
 
-import sctd_ds
-from benchmarks.harness import RESULTS, Environment, write_csv
-from benchmarks.profiling import UPDATE, profile_steps
+from benchmarks.harness import RESULTS, Environment, single_process, write_csv
+from benchmarks.profiling import profile_steps
+from benchmarks.steps import (
+    ALIGN,
+    BY_NAME,
+    DTYPES,
+    HUGGING_FACE,
+    MODELS,
+    SEPARATE,
+    VARIANTS,
+    Case,
+    Setup,
+    Trainer,
+    Variant,
+)
 from sctd_ds.config import ScTDConfig
-from sctd_ds.encoder import state_of
-from sctd_ds.report import PEAK_FLOPS
-from sctd_ds.schedule import Mode, Shape, aligned_rows, mean_cost, sequence_flops
+from sctd_ds.probe import interleave, time_calls
+from sctd_ds.schedule import aligned_rows, mean_cost
 
-VOCABULARY = 30528  # BERT's 30522 as pretrain.py pads it, for every variant
-MODELS: dict[str, dict[str, int]] = {
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "small": {"hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 1024,
-              "vocab_size": 4096},
-}  # fmt: skip
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 INTERVALS = (5, 10, 20, 50)
 BURST = 4
 """Steps of one turn. They follow each other without a wait, as in training; only the first starts with an idle device."""
 PHASES = {"bare": "forward and backward of one micro-batch", "engine": "whole optimizer step (ZeRO-2, AdamW)"}
-HUGGING_FACE, HUGGING_FACE_COMPILED = "huggingface", "huggingface compiled"
-ALIGN, SEPARATE = "align", "align, separate prefix"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kind of step: what the model's forward is, the mode, and how the method's settings differ from the default."""
-
-    name: str
-    mode: Mode = "dense"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def ours(self) -> bool:
-        """Whether the converted model runs, not the untouched one."""
-        return not self.name.startswith(HUGGING_FACE)
-
-
-VARIANTS = (
-    Variant(HUGGING_FACE),
-    Variant(HUGGING_FACE_COMPILED),
-    Variant("dense"),
-    Variant("drop", "drop"),
-    Variant(ALIGN, "align"),
-    Variant(SEPARATE, "align", {"shared_prefix": False}),
-    Variant("align, recomputed", "align", {"recompute_align": True}),
-    Variant("spread", "align", {"align_schedule": "spread"}),
-)
-
-
-@dataclass(frozen=True, order=True)
-class Case:
-    """A model by name, S tokens per row, B rows per micro-batch."""
-
-    model: str
-    length: int
-    batch: int
-
-    @property
-    def labels(self) -> int:
-        """Labelled tokens per row: as many as `sctd_ds.data.Masker` chooses at 15 %."""
-        return max(1, round(0.15 * (self.length - 2)))
-
-    @property
-    def shape(self) -> Shape:
-        size = MODELS[self.model]
-        vocabulary = size.get("vocab_size", VOCABULARY)
-        return Shape(size["num_hidden_layers"], size["hidden_size"], size["intermediate_size"], vocabulary, self.length,
-                     self.labels)  # fmt: skip
-
-    def config(self, variant: Variant) -> ScTDConfig:
-        return ScTDConfig(keep_token_ids=[0, 1, 2, 3], labels_per_row=self.labels, **variant.settings)
-
-    def flops(self, variant: Variant) -> float:
-        """Operations of one sequence as the variant computes them: the untouched model's head runs on every token."""
-        rows = None if variant.ours else self.length
-        return sequence_flops(self.shape, self.config(variant), variant.mode, rows)
-
-    def batches(self, device: torch.device, count: int = 4) -> list[dict[str, Tensor]]:
-        """Random rows, always the same: input_ids [B, S] and labels [B, S] with exactly `labels` labelled tokens a row."""
-        generator = torch.Generator().manual_seed(0)
-        vocabulary, made = self.shape.vocabulary, []
-        for _ in range(count):
-            ids = torch.randint(4, vocabulary, (self.batch, self.length), generator=generator)
-            chosen = 1 + torch.rand(self.batch, self.length - 1, generator=generator).argsort(1)[:, : self.labels]
-            labels = torch.full_like(ids, -100).scatter(1, chosen, ids.gather(1, chosen))
-            ids.scatter_(1, chosen, 3)
-            made.append({"input_ids": ids.to(device), "labels": labels.to(device)})
-        return made
-
-    def __str__(self) -> str:
-        return f"{self.model} S={self.length} B={self.batch}"
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all variants of a run share."""
-
-    device: torch.device
-    dtype: str
-    compile: bool
-    accumulation: int = 1
-
-    @property
-    def peak_flops(self) -> float | None:
-        """The device's dense 16-bit peak; None where it is not known or does not apply."""
-        if self.device.type != "cuda" or self.dtype == "fp32":
-            return None
-        name = torch.cuda.get_device_name()
-        return next((value for key, value in PEAK_FLOPS.items() if key in name), None)
+LEGEND = """\
+Times are medians of interleaved steps, p20 and p80 their spread. ratio: time over that of the dense step of the same kind (with
+the whole last layer where a step has it; untouched Hugging Face for random-LTD). ideal: the ratio of their operations. reached:
+measured saving over ideal saving. x HF: speed over untouched Hugging Face's."""
 
 
 @dataclass
@@ -154,146 +66,51 @@ class Measured:
     status: str = "measured"
 
 
-class Trainer:
-    """One model that can take a step of any variant, without an engine at first and with one after `start_engine`."""
-
-    def __init__(self, model: str, setup: Setup) -> None:
-        self.setup = setup
-        size = {"vocab_size": VOCABULARY, **MODELS[model]}
-        torch.manual_seed(0)
-        with setup.device:
-            built = BertForMaskedLM(BertConfig(**size, attn_implementation="sdpa"))
-        self.model: nn.Module = built.to(DTYPES[setup.dtype]).train()
-        sctd_ds.convert(self.model, ScTDConfig(keep_token_ids=[0, 1, 2, 3]))
-        self.engine: Any = None
-        self._steps = 0
-        self.variant = VARIANTS[0]
-        plain = type(self.model).forward
-        self._forwards = {True: self.model.forward, HUGGING_FACE: types.MethodType(plain, self.model)}
-        if setup.compile:
-            # Every pair of S and B is a graph of its own.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-            state_of(self.model).encoder.compile()
-            compiled = torch.compile(plain, dynamic=False)
-            self._forwards[HUGGING_FACE_COMPILED] = types.MethodType(compiled, self.model)
-
-    def start_engine(self) -> None:
-        """Put the real engine around the model, with the settings of ds_configs/ and torch's fused AdamW."""
-        settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # enters DeepSpeed's own bookkeeping only; batches come as they are
-            "gradient_accumulation_steps": self.setup.accumulation,
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.01, "torch_adam": True, "fused": True}},
-            "zero_optimization": {"stage": 2, "contiguous_gradients": True, "overlap_comm": self.setup.device.type == "cuda"},
-            "gradient_clipping": 1.0,
-            "steps_per_print": 1_000_000_000,
-        }
-        if self.setup.dtype == "fp16":
-            # A dynamic scale starts by overflowing, and a skipped update is not the one to time.
-            settings["fp16"] = {"enabled": True, "loss_scale": 128.0}
-        elif self.setup.dtype == "bf16":
-            settings["bf16"] = {"enabled": True}
-        self.engine, *_ = sctd_ds.initialize(model=self.model, model_parameters=self.model.parameters(), config=settings)
-        self._engine_class = type(self.engine)
-
-    def choose(self, variant: Variant, case: Case) -> None:
-        """Make the next steps those of `variant`."""
-        self.variant = variant
-        self.model.forward = self._forwards[True if variant.ours else variant.name]
-        state_of(self.model).config = case.config(variant)
-        if self.engine is not None:
-            # The untouched model trains under DeepSpeed's own engine, which ours extends without construction of its own.
-            self.engine.__class__ = self._engine_class if variant.ours else DeepSpeedEngine
-            self.engine.forced_mode = variant.mode
-
-    def step(self, batch: Mapping[str, Tensor]) -> None:
-        """One step on the device, not waited for: with the engine all micro-batches of an update and the update."""
-        self._steps += 1
-        if self.engine is None:
-            if self.variant.ours:
-                sctd_ds.set_mode(self.model, self.variant.mode, self._steps)
-            self.model(**batch).loss.backward()
-            self.model.zero_grad(set_to_none=True)
-            return
-        for _ in range(self.setup.accumulation):
-            self.engine.backward(self.engine(**batch).loss)
-            with record_function(UPDATE):
-                self.engine.step()
-
-    def close(self) -> None:
-        """Give the memory back."""
-        if self.engine is not None:
-            self.engine.destroy()
-        self.__dict__.clear()
-        release_memory()
-
-
 def measure(trainer: Trainer, case: Case, variants: Sequence[Variant], steps: int) -> dict[str, Measured]:
     """Time at least `steps` steps of each variant after a warm-up, interleaved.
 
-    A variant that runs out of memory is marked so and leaves; with an engine the others are then measured from the start,
-    because an interrupted backward pass leaves DeepSpeed's buckets half filled: OutOfMemory asks for a new trainer.
+    With an engine, running out of memory leaves DeepSpeed's buckets half filled: OutOfMemoryError asks for a new trainer.
     """
-    batches = case.batches(trainer.setup.device)
-    results = {variant.name: Measured() for variant in variants}
-    for variant in variants:
-        warm_up(trainer, case, variant, batches, results[variant.name])
-    for _ in range(-(-steps // BURST)):
-        for variant in variants:
-            trainer.choose(variant, case)
-            times, peak = burst(trainer, batches, BURST)
-            result = results[variant.name]
-            result.ms += times
-            result.peak_bytes = None if peak is None else max(peak, result.peak_bytes or 0)
-    return results
+    batches = case.batches(trainer.setup.device, BURST)
+    first_s = {variant.name: warm_up(trainer, case, variant, batches) for variant in variants}
+
+    def turn(variant: Variant) -> list[Callable[[], None]]:
+        trainer.choose(variant, case)
+        return [partial(trainer.step, batch) for batch in batches]
+
+    timed = interleave({variant.name: partial(turn, variant) for variant in variants}, rounds=-(-steps // BURST))
+    return {name: Measured([ms for burst in each.ms for ms in burst], each.peak_bytes, first_s[name])
+            for name, each in timed.items()}  # fmt: skip
 
 
-def warm_up(trainer: Trainer, case: Case, variant: Variant, batches: list[dict[str, Tensor]], result: Measured) -> None:
-    """First steps of a variant: compilation, every shape that it has, the allocator's growth."""
+def warm_up(trainer: Trainer, case: Case, variant: Variant, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    """First steps of a variant: compilation, every shape that it has, the allocator's growth. Returns seconds of the first."""
     trainer.choose(variant, case)
+    start = time.perf_counter()
+    time_calls([partial(trainer.step, batches[0])])
+    first_s = time.perf_counter() - start
+    # Rows of a "spread" step differ by one from step to step unless the interval divides the batch.
     config = case.config(variant)
     counts = {len(aligned_rows(config, step, case.batch)) for step in range(config.interval)}
-    start = time.perf_counter()
-    burst(trainer, batches, 1)
-    result.first_s = time.perf_counter() - start
-    # Rows of a "spread" step differ by one from step to step unless the interval divides the batch.
-    burst(trainer, batches, 2 if len(counts) == 1 else config.interval)
-
-
-def burst(trainer: Trainer, batches: Sequence[Mapping[str, Tensor]], count: int) -> tuple[list[float], int | None]:
-    """`count` consecutive steps: ms of each, by device events on a GPU, and the peak device memory in bytes."""
-    if trainer.setup.device.type != "cuda":
-        times = []
-        for i in range(count):
-            start = time.perf_counter()
-            trainer.step(batches[i % len(batches)])
-            times.append((time.perf_counter() - start) * 1e3)
-        return times, None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    marks[0].record()
-    for i in range(count):
-        trainer.step(batches[i % len(batches)])
-        marks[i + 1].record()
-    torch.cuda.synchronize()
-    times = [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
-    return times, torch.cuda.max_memory_allocated()
+    more = itertools.islice(itertools.cycle(batches), 2 if len(counts) == 1 else config.interval)
+    time_calls([partial(trainer.step, batch) for batch in more])
+    return first_s
 
 
 def measure_surviving(
     trainer: Trainer, renew: Callable[[], Trainer], case: Case, variants: Sequence[Variant], steps: int
 ) -> tuple[dict[str, Measured], Trainer]:
-    """`measure`, with variants that run out of memory as rows of their own. Returns the trainer to go on with."""
-    lost: dict[str, Measured] = {}
-    remaining = list(variants)
+    """`measure`, where variants that cannot run or run out of memory get a status. Also returns the trainer to go on with."""
+    reasons = {variant.name: trainer.missing(variant) for variant in variants}
+    lost = {name: Measured(status=f"not measured: {reason}") for name, reason in reasons.items() if reason}
     while True:
         try:
-            return {**measure(trainer, case, remaining, steps), **lost}, trainer
+            found = measure(trainer, case, [variant for variant in variants if variant.name not in lost], steps)
+            return {variant.name: {**found, **lost}[variant.name] for variant in variants}, trainer
         except torch.OutOfMemoryError:
             failed = trainer.variant
         # Outside the except block: the traceback no longer holds the step's tensors.
         lost[failed.name] = Measured(status="out of memory")
-        remaining.remove(failed)
         had_engine = trainer.engine is not None
         trainer.close()
         trainer = renew()
@@ -301,71 +118,62 @@ def measure_surviving(
             trainer.start_engine()
 
 
-def release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def step_rows(case: Case, phase: str, setup: Setup, results: Mapping[str, Measured]) -> list[dict[str, Any]]:
     """One row of figures per variant. Ratios are of median step times; "ideal" ratios are of operations (sctd_ds.schedule).
 
-    saving_reached: measured saving / ideal saving against our dense step, for variants that ideally save.
+    saving_reached: measured saving / ideal saving against the variant's dense step, for variants that ideally save.
     """
-    by_name = {variant.name: variant for variant in VARIANTS}
     sequences = case.batch * (setup.accumulation if phase == "engine" else 1)
     # Steps of "spread" differ by design (some have one aligned row more), so that theirs is a mean.
     middle = {name: statistics.mean if name == "spread" else statistics.median for name in results}
     median = {name: middle[name](result.ms) for name, result in results.items() if result.ms}
     rows = []
     for name, result in results.items():
-        variant = by_name[name]
-        row: dict[str, Any] = {**describe(case, phase, setup, name), "status": result.status}
+        variant = BY_NAME[name]
+        row: dict[str, Any] = {**describe(case, phase, setup, name), "against": variant.against, "status": result.status}
         rows.append(row)
         if name not in median:
             continue
         ms = median[name]
         p20, p80 = quantiles(result.ms)
         rate = sequences / ms * 1e3
+        flops = case.flops(variant)
         row |= {
             "ms": ms, "ms_p20": p20, "ms_p80": p80, "ms_min": min(result.ms), "steps": len(result.ms),
-            "sequences_per_s": rate, "tokens_per_s": rate * case.length, "model_tflops": rate * case.flops(variant) / 1e12,
-            "mfu": rate * case.flops(variant) / setup.peak_flops if setup.peak_flops else None,
+            "sequences_per_s": rate, "tokens_per_s": rate * case.length, "model_tflops": rate * flops / 1e12,
+            "mfu": rate * flops / setup.peak_flops if setup.peak_flops else None,
             "peak_gib": result.peak_bytes / 2**30 if result.peak_bytes else None, "first_step_s": result.first_s,
             "speed_against_huggingface": median[HUGGING_FACE] / ms if HUGGING_FACE in median else None,
         }  # fmt: skip
-        if "dense" in median and variant.ours:
-            ideal = case.flops(variant) / case.flops(by_name["dense"])
-            row |= {"ratio": ms / median["dense"], "ideal_ratio": ideal, "ratio_over_ideal": ms / median["dense"] / ideal}
-            row["saving_reached"] = (1 - row["ratio"]) / (1 - ideal) if ideal < 1 else None
+        if variant.against in median:
+            ratio, ideal = ms / median[variant.against], flops / case.flops(BY_NAME[variant.against])
+            row |= {"ratio": ratio, "ideal_ratio": ideal, "ratio_over_ideal": ratio / ideal,
+                    "saving_reached": (1 - ratio) / (1 - ideal) if ideal < 1 else None}  # fmt: skip
     return rows
 
 
 def average_rows(case: Case, phase: str, setup: Setup, steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows like those of `step_rows` for ScTD as a whole: drop and align steps as they were measured, mixed by the schedule."""
     measured = {row["variant"]: row for row in steps if "ratio" in row}
-    if not {"dense", "drop"} <= measured.keys():
-        return []
     rows = []
-    for align in (ALIGN, SEPARATE):
-        if align not in measured:
+    for align, interval in itertools.product((ALIGN, SEPARATE), INTERVALS):
+        if not {"dense", "drop", align} <= measured.keys():
             continue
-        for interval in INTERVALS:
-            row = describe(case, phase, setup, f"sctd Fi={interval}" + ("" if align == ALIGN else ", separate prefix"))
+        costs = {"dense": measured["dense"], "drop": measured["drop"], "align": measured[align]}
 
-            def average(key: str, interval: int = interval, align: str = align) -> float:
-                costs = {"dense": measured["dense"][key], "drop": measured["drop"][key], "align": measured[align][key]}
-                return mean_cost(ScTDConfig(interval=interval), costs)
+        def average(key: str, costs: Mapping[str, Any] = costs, interval: int = interval) -> float:
+            return mean_cost(ScTDConfig(interval=interval), {mode: row[key] for mode, row in costs.items()})
 
-            ms, ratio, ideal = average("ms"), average("ratio"), average("ideal_ratio")
-            rate = measured["dense"]["sequences_per_s"] / ratio
-            huggingface = measured["dense"]["speed_against_huggingface"]
-            rows.append(row | {
-                "status": "from drop and align", "ms": ms, "sequences_per_s": rate, "tokens_per_s": rate * case.length,
-                "speed_against_huggingface": huggingface / ratio if huggingface else None,
-                "ratio": ratio, "ideal_ratio": ideal, "ratio_over_ideal": ratio / ideal,
-                "saving_reached": (1 - ratio) / (1 - ideal),
-            })  # fmt: skip
+        ms, ratio, ideal = average("ms"), average("ratio"), average("ideal_ratio")
+        dense = measured["dense"]
+        rate, huggingface = dense["sequences_per_s"] / ratio, dense["speed_against_huggingface"]
+        rows.append({
+            **describe(case, phase, setup, f"sctd Fi={interval}" + ("" if align == ALIGN else ", separate prefix")),
+            "against": "dense", "status": "from drop and align", "ms": ms, "sequences_per_s": rate,
+            "tokens_per_s": rate * case.length, "speed_against_huggingface": huggingface / ratio if huggingface else None,
+            "ratio": ratio, "ideal_ratio": ideal, "ratio_over_ideal": ratio / ideal,
+            "saving_reached": (1 - ratio) / (1 - ideal),
+        })  # fmt: skip
     return rows
 
 
@@ -397,23 +205,53 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_gib": ("GiB", "{:.1f}".format),
     "first_step_s": ("first s", "{:.1f}".format),
 }
-"""Column of the CSV -> heading and format of the printed table; a row without times prints its status."""
+"""Column of the CSV -> heading and format of the printed table; a row without times shows its status."""
+
+
+def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The table as text, its headings first, without columns that are empty throughout."""
+    shown = {key: column for key, column in COLUMNS.items() if key == "ms" or any(row.get(key) is not None for row in rows)}
+    lines = [[heading for heading, _ in shown.values()]]
+    for row in rows:
+        line = ["" if row.get(key) is None else text(row[key]) for key, (_, text) in shown.items()]
+        if row.get("ms") is None:
+            line[1] = row["status"]
+        lines.append(line)
+    return lines
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Aligned text."""
-    lines = [[heading for heading, _ in COLUMNS.values()]]
-    for row in rows:
-        cells = ["" if row.get(key) is None else text(row[key]) for key, (_, text) in COLUMNS.items()]
-        if row.get("ms") is None:
-            cells[1] = row["status"]
-        lines.append(cells)
+    """Aligned text for a terminal."""
+    lines = cells(rows)
     # A status may run over the empty cells to its right.
-    widths = [max(len(line[i]) for line in lines if i == 0 or line[2] or line is lines[0]) for i in range(len(COLUMNS))]
+    widths = [max(len(line[i]) for line in lines if i != 1 or any(line[2:]) or line is lines[0]) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
         for line in lines
     )
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], environment: Environment, note: str) -> str:
+    """All tables with what a reader must know to judge them."""
+    versions = {"torch": environment.torch, "triton": environment.triton, "CUDA": environment.cuda,
+                **{package: version(package) for package in ("deepspeed", "transformers")},
+                "Python": environment.python, "commit": environment.commit}  # fmt: skip
+    about = ", ".join([environment.device, *(f"{name} {value}" for name, value in versions.items()), environment.date])
+    parts = ["# Training steps", f"`python -m benchmarks.train_step`: {about}.", *filter(None, [note]), LEGEND]
+    for phase, title in PHASES.items():
+        of_phase = [row for row in rows if row["phase"] == phase]
+        parts += [f"## {title[0].upper()}{title[1:]}"] if of_phase else []
+        for (model, length, batch, dtype), group in itertools.groupby(
+            of_phase, itemgetter("model", "length", "batch", "dtype")
+        ):
+            of_case = list(group)
+            parts.append(f"**{model}, {length} tokens, {batch} rows, {dtype}**")
+            if not any(row.get("ms") for row in of_case):
+                parts[-1] += f": {of_case[0]['status']}"
+                continue
+            heading, *lines = cells(of_case)
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in [heading, ["---"] * len(heading), *lines]))
+    return "\n\n".join(parts) + "\n"
 
 
 def record(path: Path, rows: Sequence[Mapping[str, Any]], environment: Environment) -> None:
@@ -445,66 +283,57 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         chosen = [row for row in measured if (row["phase"], row["model"], row["length"], row["batch"]) == panel]
         names, ms = [row["variant"] for row in chosen], [row["ms"] for row in chosen]
         spread = [[row["ms"] - row["ms_p20"] for row in chosen], [row["ms_p80"] - row["ms"] for row in chosen]]
-        colors = ["tab:gray" if name.startswith(HUGGING_FACE) else "tab:blue" for name in names]
+        colors = ["tab:blue" if BY_NAME[name].ours else "tab:gray" for name in names]
         axis.bar_label(axis.barh(names, ms, xerr=spread, color=colors), fmt="%.1f", padding=3, fontsize=8)
-        dense = next((row["ms"] for row in chosen if row["variant"] == "dense"), None)
-        ideal = [(dense * row["ideal_ratio"], row["variant"]) for row in chosen if row.get("ideal_ratio")]
+        time_of = dict(zip(names, ms, strict=True))
+        ideal = [(time_of[row["against"]] * row["ideal_ratio"], row["variant"]) for row in chosen if row.get("ideal_ratio")]
         if ideal:
             axis.plot(*zip(*ideal, strict=True), "|", color="tab:orange", ms=18, mew=2)
         axis.invert_yaxis()
         axis.set(title=f"{model}, S={length}, B={batch}, {phase}", xlabel="ms per step", xlim=(0, 1.2 * max(ms)))
-    figure.suptitle(f"{title}\norange: our dense step x ratio of operations", fontsize=9)
+    figure.suptitle(f"{title}\norange: the dense step x ratio of operations; gray: untouched model", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
 def run(
     cases: Sequence[Case], setup: Setup, *, phases: Sequence[str], variants: Sequence[Variant], steps: int, folder: Path,
-    budget_s: float = float("inf"), profile: bool = False,
+    budget_s: float = float("inf"), profile: bool = False, note: str = "",
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Measure all cases, print a table for each, and write train_step.csv and train_step.png after each. Returns the rows.
+    """Measure all cases, print a table for each, and write train_step.csv, .md and .png. Returns the rows.
 
-    Cases whose turn comes after `budget_s` seconds, and big models without a GPU, become rows that say so.
+    The CSV is written after each case, too. Cases whose turn comes after `budget_s` seconds, and big models without a GPU,
+    become rows that say so. note: a sentence for the Markdown file, on the conditions of the measurement.
     """
     start, environment = time.perf_counter(), Environment.collect()
-    if not setup.compile:
-        variants = [variant for variant in variants if variant.name != HUGGING_FACE_COMPILED]
     rows: list[dict[str, Any]] = []
-
-    def skip(case: Case, phase: str, status: str) -> None:
-        rows.extend({**describe(case, phase, setup, variant.name), "status": status} for variant in variants)
-
     for model in dict.fromkeys(case.model for case in cases):
-        own = [case for case in cases if case.model == model]
-        if setup.device.type == "cpu" and model != "small":
-            for phase in phases:
-                for case in own:
-                    skip(case, phase, "not measured (no GPU)")
-            continue
-
-        def build(model: str = model) -> Trainer:
-            return Trainer(model, setup)
-
-        trainer = build()
+        needs_gpu = setup.device.type == "cpu" and model != "small"
+        build = partial(Trainer, model, setup)
+        trainer = None if needs_gpu else build()
         for phase in phases:
-            if phase == "engine":
+            if trainer is not None and phase == "engine":
                 trainer.start_engine()
-            for case in own:
-                if time.perf_counter() - start > budget_s:
-                    skip(case, phase, "not measured (time budget)")
+            for case in (case for case in cases if case.model == model):
+                late = time.perf_counter() - start > budget_s
+                if trainer is None or late:
+                    status = "not measured (time budget)" if late else "not measured (no GPU)"
+                    rows += [{**describe(case, phase, setup, variant.name), "status": status} for variant in variants]
                     continue
                 results, trainer = measure_surviving(trainer, build, case, variants, steps)
                 new = step_rows(case, phase, setup, results)
-                averages = average_rows(case, phase, setup, new)
-                rows += new + averages
+                new += average_rows(case, phase, setup, new)
+                rows += new
                 print(f"\n{case}, {setup.dtype}, {PHASES[phase]} [{time.perf_counter() - start:.0f} s]", flush=True)
-                print(table([*new, *averages]), flush=True)
+                print(table(new), flush=True)
                 record(folder / "train_step.csv", rows, environment)
                 if profile and phase == phases[-1]:
                     for variant in (v for v in variants if v.name in ("dense", "drop") and results[v.name].ms):
                         trainer.choose(variant, case)
                         print(f"\n{case}, {phase}, {variant.name}: {profile_trainer(trainer, case)}", flush=True)
-        trainer.close()
+        if trainer is not None:
+            trainer.close()
     record(folder / "train_step.csv", rows, environment)
+    (folder / "train_step.md").write_text(markdown(rows, environment, note), encoding="utf-8")
     title = f"{environment.device}, {setup.dtype}, torch {environment.torch}, commit {environment.commit}"
     plot(folder / "train_step.png", rows, title)
     return rows
@@ -512,11 +341,9 @@ def run(
 
 def profile_trainer(trainer: Trainer, case: Case) -> str:
     """Where the time of the chosen variant's steps goes, as text."""
-    batches = case.batches(trainer.setup.device)
-    turn = iter(range(1_000_000))
-    report = profile_steps(lambda: trainer.step(batches[next(turn) % len(batches)]),
-                           head_rows=case.batch * case.labels, vocabulary=case.shape.vocabulary)  # fmt: skip
-    return report.text()
+    batches = itertools.cycle(case.batches(trainer.setup.device, BURST))
+    return profile_steps(lambda: trainer.step(next(batches)), head_rows=case.batch * case.labels,
+                         vocabulary=case.shape.vocabulary).text()  # fmt: skip
 
 
 def parse_cases(arguments: argparse.Namespace, on_gpu: bool) -> list[Case]:
@@ -552,21 +379,10 @@ def parse_cases(arguments: argparse.Namespace, on_gpu: bool) -> list[Case]:
 def parse_variants(text: str) -> list[Variant]:
     """--variants; `dense`, the baseline, is always among them."""
     wanted = ["dense", *filter(None, (part.strip() for part in text.split(";")))]
-    known = {variant.name for variant in VARIANTS}
     for name in wanted:
-        if name not in known:
-            raise SystemExit(f'unknown variant "{name}": expected some of {"; ".join(sorted(known))}, separated by ";"')
+        if name not in BY_NAME:
+            raise SystemExit(f'unknown variant "{name}": expected some of {"; ".join(BY_NAME)}, separated by ";"')
     return [variant for variant in VARIANTS if variant.name in wanted]
-
-
-def single_process() -> None:
-    """Tell DeepSpeed that this process is the only rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for key, value in alone.items():
-        os.environ.setdefault(key, str(value))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -604,6 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="where the device time of dense and drop steps goes")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="MINUTES",
                         help="begin no case after this time; its rows say so")  # fmt: skip
+    parser.add_argument("--note", default="", help="a sentence on the conditions, for the Markdown file")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     setup = make_setup(arguments)
@@ -613,10 +430,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     phases = {None: ("bare", "engine"), True: ("engine",), False: ("bare",)}[arguments.engine]
     folder = arguments.out / Environment.collect().folder_name
     rows = run(cases, setup, phases=phases, variants=parse_variants(arguments.variants), steps=arguments.steps, folder=folder,
-               budget_s=60 * arguments.budget, profile=arguments.profile)  # fmt: skip
+               budget_s=60 * arguments.budget, profile=arguments.profile, note=arguments.note)  # fmt: skip
     for line in dict.fromkeys(f"{r['model']} S={r['length']} B={r['batch']}: {r['status']}" for r in rows if not r.get("ms")):
         print(line)
-    print(f"\nwritten: {folder / 'train_step.csv'}, {folder / 'train_step.png'}")
+    print("\nwritten: " + ", ".join(str(folder / f"train_step.{kind}") for kind in ("csv", "md", "png")))
     return 0
 
 

@@ -1,14 +1,19 @@
-"""The saving, measured: every kind of step, timed side by side on a copy of the model that is thrown away."""
+"""The saving, measured: kinds of steps timed side by side, here on a copy of the model that is thrown away.
+
+`interleave` is how this project times steps; the benchmarks use it too.
+"""
 
 from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import statistics
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +28,63 @@ from sctd_ds.schedule import mean_cost
 
 WARMUP = 2
 HUGGING_FACE = "huggingface"
+STATIC_FP16 = {"enabled": True, "loss_scale": 128.0}
+"""DeepSpeed's fp16 block for timing: a dynamic scale starts by overflowing, and a skipped update is not the one to time."""
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Timed:
+    """What the turns of one kind took: ms of every call of every turn, and the peak device memory (None on a CPU)."""
+
+    ms: list[list[float]] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+
+def interleave(turns: Mapping[str, Callable[[], Sequence[Call]]], rounds: int, warmup: int = 0) -> dict[str, Timed]:
+    """Let the kinds take turns (A B C A B C ...), so that a clock that drifts meets all of them alike.
+
+    turns: by kind, what makes ready and returns the calls to time. warmup: rounds before the first that counts.
+    """
+    timed = {kind: Timed() for kind in turns}
+    for number in range(warmup + rounds):
+        for kind, prepare in turns.items():
+            ms, peak = time_calls(prepare())
+            if number >= warmup:
+                timed[kind].ms.append(ms)
+                timed[kind].peak_bytes = None if peak is None else max(peak, timed[kind].peak_bytes or 0)
+    return timed
+
+
+def time_calls(calls: Sequence[Call]) -> tuple[list[float], int | None]:
+    """Make the calls one after the other: ms of each, and the peak device memory in bytes (None on a CPU).
+
+    A device is not waited for in between, as in training: events mark where each call's work ends. Only the first call finds
+    the device idle.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        seconds = [time.perf_counter()]
+        for call in calls:
+            call()
+            seconds.append(time.perf_counter())
+        return [1e3 * (end - start) for start, end in itertools.pairwise(seconds)], None
+    accelerator.synchronize()
+    accelerator.reset_peak_memory_stats()
+    marks = [accelerator.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+    marks[0].record()
+    for call, mark in zip(calls, marks[1:], strict=True):
+        call()
+        mark.record()
+    accelerator.synchronize()
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)], accelerator.max_memory_allocated()
+
+
+def release_memory() -> None:
+    """Give freed device memory back, that of unreachable cycles too."""
+    gc.collect()
+    get_accelerator().empty_cache()
 
 
 @dataclass
@@ -49,85 +111,70 @@ class Probe:
 
 
 def measure(model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int) -> Probe:
-    """Time each kind of step `repeats` times after a warm-up, interleaved (A B C A B C ...), with the run's real engine.
+    """Time each kind of step `repeats` times after a warm-up, interleaved, with the run's real engine.
 
     model: converted, not yet given to DeepSpeed; neither it nor any random state changes. Every rank calls.
     """
     kinds = ["dense"] if run.sctd.method == "dense" else ["dense", "drop"]
     kinds += ["align"] if run.sctd.method == "sctd" else []
     before = random_state()
-    clone = copy.deepcopy(model)
-    if run.pretrain.stages > 1:
-        probe = _measure_pipeline(clone, run, batches, repeats, kinds)
-        set_random_state(before)
-        return probe
-    engine, *_ = initialize(model=clone, model_parameters=clone.parameters(), config=_settings(run))
-    probe = Probe(micro_ms={kind: [] for kind in [*kinds, HUGGING_FACE]})
-    update_ms: list[float] = []
-    accelerator = get_accelerator()
-    on_device = accelerator.device_name() != "cpu"
-    plain, ours = types.MethodType(type(clone).forward, clone), clone.forward
-    for repeat in range(WARMUP + repeats):
-        for kind in probe.micro_ms:
-            batch = {key: value.to(engine.device) for key, value in next(batches).items()}
-            clone.forward, engine.forced_mode = (plain, "dense") if kind == HUGGING_FACE else (ours, kind)
-            if on_device:
-                accelerator.reset_peak_memory_stats()
-            start = _now(accelerator)
-            engine.backward(engine(**batch).loss)
-            middle = _now(accelerator)
-            engine.step()
-            end = _now(accelerator)
-            if repeat >= WARMUP:
-                probe.micro_ms[kind].append((middle - start) * 1e3)
-                update_ms.append((end - middle) * 1e3)
-            if on_device:
-                probe.peak_bytes[kind] = accelerator.max_memory_allocated()
-    probe.update_ms = statistics.median(update_ms)
-    for kind, times in probe.micro_ms.items():
-        probe.step_ms[kind] = run.accumulation * statistics.median(times) + probe.update_ms
-    engine.destroy()
-    del engine, clone, plain, ours
-    gc.collect()
-    accelerator.empty_cache()
+    measure_kinds = _measure_pipeline if run.pretrain.stages > 1 else _measure_parts
+    probe = measure_kinds(copy.deepcopy(model), run, batches, repeats, kinds)
+    release_memory()
     set_random_state(before)
     return probe
+
+
+def _measure_parts(
+    model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int, kinds: list[str]
+) -> Probe:
+    """Micro-batch and update by themselves, of which a step is made. Uses `model` up."""
+    engine, *_ = initialize(model=model, model_parameters=model.parameters(), config=_settings(run))
+    plain, ours = types.MethodType(type(model).forward, model), model.forward
+
+    def turn(kind: str) -> list[Call]:
+        batch = {key: value.to(engine.device) for key, value in next(batches).items()}
+        model.forward, engine.forced_mode = (plain, "dense") if kind == HUGGING_FACE else (ours, kind)
+        return [lambda: engine.backward(engine(**batch).loss), engine.step]
+
+    timed = interleave({kind: partial(turn, kind) for kind in [*kinds, HUGGING_FACE]}, repeats, WARMUP)
+    engine.destroy()
+    micro_ms = {kind: [micro for micro, _ in each.ms] for kind, each in timed.items()}
+    update_ms = statistics.median(update for each in timed.values() for _, update in each.ms)
+    step_ms = {kind: run.accumulation * statistics.median(ms) + update_ms for kind, ms in micro_ms.items()}
+    return Probe(step_ms, micro_ms, update_ms, peak_bytes=_peaks(timed))
 
 
 def _measure_pipeline(
     model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int, kinds: list[str]
 ) -> Probe:
-    """`measure` for a pipeline, by whole steps: micro-batches overlap, so one alone says nothing. Uses `model` up."""
+    """Whole steps: micro-batches overlap in a pipeline, so one alone says nothing. Uses `model` up."""
     pipeline = Pipeline(model, stages=run.pretrain.stages, length=run.pretrain.seq_length)
     engine, *_ = initialize(model=pipeline, model_parameters=pipeline.parameters(), config=_settings(run, run.accumulation))
-    probe, accelerator = Probe(), get_accelerator()
-    on_device = accelerator.device_name() != "cpu"
-    step_ms: dict[str, list[float]] = {kind: [] for kind in kinds}
-    work_ms: dict[str, list[float]] = {kind: [] for kind in kinds}
     engine.time_work = True
-    for repeat in range(WARMUP + repeats):
-        for kind in kinds:
-            engine.forced_mode, engine.work_seconds = kind, 0.0
-            if on_device:
-                accelerator.reset_peak_memory_stats()
-            start = _now(accelerator)
-            engine.train_batch(batches)
-            end = _now(accelerator)
-            if repeat >= WARMUP:
-                step_ms[kind].append((end - start) * 1e3)
-                work_ms[kind].append(engine.work_seconds * 1e3)
-            if on_device:
-                probe.peak_bytes[kind] = accelerator.max_memory_allocated()
-    for kind in kinds:
-        probe.step_ms[kind] = statistics.median(step_ms[kind])
-        work = torch.tensor(statistics.median(work_ms[kind]), device=engine.device)
+    work_ms: dict[str, list[float]] = {kind: [] for kind in kinds}
+
+    def step(kind: str) -> None:
+        engine.train_batch(batches)
+        work_ms[kind].append(engine.work_seconds * 1e3)
+
+    def turn(kind: str) -> list[Call]:
+        engine.forced_mode, engine.work_seconds = kind, 0.0
+        return [partial(step, kind)]
+
+    timed = interleave({kind: partial(turn, kind) for kind in kinds}, repeats, WARMUP)
+    probe = Probe(peak_bytes=_peaks(timed))
+    for kind, each in timed.items():
+        probe.step_ms[kind] = statistics.median(ms for (ms,) in each.ms)
+        work = torch.tensor(statistics.median(work_ms[kind][WARMUP:]), device=engine.device)
         dist.all_reduce(work)
         probe.bubble_share[kind] = 1 - work.item() / run.ranks / probe.step_ms[kind]
     engine.destroy()
-    del engine, pipeline
-    gc.collect()
-    accelerator.empty_cache()
     return probe
+
+
+def _peaks(timed: Mapping[str, Timed]) -> dict[str, int]:
+    return {kind: each.peak_bytes for kind, each in timed.items() if each.peak_bytes is not None}
 
 
 def _settings(run: RunConfig, accumulation: int = 1) -> dict[str, Any]:
@@ -139,11 +186,5 @@ def _settings(run: RunConfig, accumulation: int = 1) -> dict[str, Any]:
     for monitor in ("tensorboard", "wandb", "csv_monitor", "comet"):
         settings.pop(monitor, None)
     if settings.get("fp16", {}).get("enabled"):
-        # A dynamic scale starts by overflowing, and a skipped update is not the one to time.
-        settings["fp16"] = {"enabled": True, "loss_scale": 128.0}
+        settings["fp16"] = STATIC_FP16
     return settings
-
-
-def _now(accelerator: Any) -> float:
-    accelerator.synchronize()
-    return time.perf_counter()

@@ -1,0 +1,74 @@
+"""DeepSpeed's random layer token drop (random-LTD) around an untouched Hugging Face BERT: the neighbour that we compare with.
+
+Each dropping layer gathers its own random tokens, runs on them alone, and puts them back among the others.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from deepspeed.ops.random_ltd import dropping_utils
+from deepspeed.runtime.data_pipeline.data_routing.helper import convert_to_random_ltd
+from torch import nn
+from transformers.models.bert.modeling_bert import BertLayer
+
+from sctd_ds.schedule import LayerPlan
+
+
+class Unavailable(RuntimeError):
+    """random-LTD cannot run here; the message says why in one line."""
+
+
+def load() -> Any:
+    """DeepSpeed's module of random-LTD functions, its CUDA operators loaded; on first use nvcc compiles them.
+
+    Raises Unavailable without a CUDA device, a compiler or the CUDA toolkit.
+    """
+    try:
+        dropping_utils.random_ltd_module = dropping_utils.RandomLTDBuilder().load(verbose=False)
+    except Exception as error:  # every step of finding compilers and compiling raises a type of its own
+        reason = str(error).strip() or type(error).__name__
+        raise Unavailable(f"random-LTD's CUDA operators: {reason.splitlines()[0][:160]}") from error
+    return dropping_utils
+
+
+def settings(layers: int) -> dict[str, Any]:
+    """The "data_efficiency" block with which the layers drop tokens in which our drop step has fewer than all."""
+    plan = LayerPlan(layers)
+    dropping = list(range(plan.cross, plan.last))
+    # As a "decoder" it takes no mask: rows are full here. As an "encoder" it would insist on one and cut it row by row. What
+    # is sampled and computed is the same, so this is the faster way to have it.
+    random_ltd = {
+        "enabled": True, "model_type": "decoder", "model_mask_name": None, "hidden_state_order": "batch_seq_dim",
+        "total_layer_num": layers, "random_ltd_layer_num": len(dropping), "random_ltd_layer_id": dropping,
+        # A schedule at its end: `keep` sets the length, and no step changes it.
+        "random_ltd_schedule": {"min_value": 1, "max_value": 1, "schedule_type": "fixed_linear",
+                                "schedule_config": {"require_steps": 1, "seq_per_step": 1}},
+    }  # fmt: skip
+    return {"enabled": True, "data_routing": {"enabled": True, "random_ltd": random_ltd}}
+
+
+def wrap(engine: Any) -> nn.ModuleList:
+    """The layers of the engine's BertForMaskedLM as random-LTD runs them, sharing all parameters; the model stays as it is.
+
+    engine: built with `settings` in its configuration.
+    """
+    encoder = engine.module.bert.encoder
+    plain, encoder.layer = encoder.layer, nn.ModuleList(encoder.layer)
+    convert_to_random_ltd(engine, BertLayer)
+    wrapped, encoder.layer = encoder.layer, plain
+    _, *names = inspect.signature(plain[0].forward).parameters
+
+    def by_name(layer: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        # The wrapper takes nothing but the states by position; transformers passes masks so.
+        return arguments[:1], {**dict(zip(names, arguments[1:], strict=False)), **keywords}
+
+    for layer in wrapped:
+        layer.register_forward_pre_hook(by_name, with_kwargs=True)
+    return wrapped
+
+
+def keep(engine: Any, tokens: int) -> None:
+    """Let the dropping layers of the next steps see `tokens` tokens of each row."""
+    engine.random_ltd_scheduler.set_current_seq(tokens)
