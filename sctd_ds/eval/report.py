@@ -53,10 +53,10 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "scores").glob("*/*/*.json"))]
 
 
-def write(folder: Path, models: Sequence[str], curves: Mapping[str, list[dict[str, Any]]] | None = None) -> str:
+def write(folder: Path, models: Sequence[str], recorded: Mapping[str, list[dict[str, Any]]] | None = None) -> str:
     """Write report.md, results.csv and the figures of everything measured for `models`, in this order; returns the Markdown.
 
-    curves: validation records over the steps of a run, by model.
+    recorded: what the models' runs wrote to metrics.jsonl, by model.
     """
     records = [record for record in read(folder) if record["model"] in models]
     tuned = [record for record in records if record["task"] in TASKS]
@@ -74,27 +74,38 @@ def write(folder: Path, models: Sequence[str], curves: Mapping[str, list[dict[st
             parts += [f"## Probing: {task} (Figures 4 and 8)", tables_used(found, models)]
             parts += [table(*probe_table(found, models)), f"![]({task}.png)"]
             _plot_probe(found, models, task, folder / f"{task}.png")
-    drifted = {r["model"]: r["scores"] for r in records if r["task"] == "drift"}
+    drifted = {r["model"]: r["scores"] for r in records if r["task"] == "drift" and r.get("step") is None}
     if drifted:
         parts += ["## Semantic drift (Figure 3)", tables_used(drifted, models)]
         parts += [table(*drift_table(drifted, models)), "![](drift.png)"]
         _plot_drift(drifted, models, folder / "drift.png")
-    if curves:
-        _plot_curves(curves, folder / "curves.png")
-        parts += ["## Over the steps of the runs", "![](curves.png)"]
+    history = {
+        model: {r["step"]: r["scores"] for r in records if r["model"] == model and r.get("step") is not None}
+        for model in models
+    }
+    history = {model: dict(sorted(steps.items())) for model, steps in history.items() if steps}
+    if history:
+        parts += ["## Semantic drift at the checkpoints of the runs", table(*history_table(history)), "![](drift_steps.png)"]
+        _plot_history(history, folder / "drift_steps.png")
+    validated = {model: [r for r in lines if r["event"] == "validation"] for model, lines in (recorded or {}).items()}
+    validated = {model: lines for model, lines in validated.items() if lines}
+    if validated:
+        parts += ["## As the runs recorded it", "![](curves.png)"]
+        _plot_curves(validated, folder / "curves.png")
     text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(text, encoding="utf-8")
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["model", "task", "metric", "layer", "seed", "value", "device", "torch", "transformers"])
+        writer.writerow(["model", "step", "task", "metric", "layer", "seed", "value", "device", "torch", "transformers"])
         for record in records:
             for metric, value in record["scores"].items():
                 if metric == "about":
                     continue
                 for layer, x in enumerate(value, 1) if isinstance(value, list) else [("", value)]:
-                    writer.writerow([record["model"], record["task"], metric, layer, record["settings"].get("seed"), x,
-                                     record["device"], record["torch"], record["transformers"]])  # fmt: skip
+                    writer.writerow([record["model"], record.get("step"), record["task"], metric, layer,
+                                     record["settings"].get("seed"), x, record["device"], record["torch"],
+                                     record["transformers"]])  # fmt: skip
     return text
 
 
@@ -195,6 +206,18 @@ def drift_table(found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -
     return header, rows
 
 
+def history_table(history: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> tuple[list[str], list[list[Cell]]]:
+    """A row per checkpoint: the cosine of the passes' [CLS] after each layer, and of the texts where an encoder was given."""
+    layers = max(len(found["layer_cls"]) for steps in history.values() for found in steps.values())
+    header = ["model", "step", "text: masked", "text: masked and dropped", *(f"[CLS], layer {i}" for i in range(1, layers + 1))]
+    rows: list[list[Cell]] = []
+    for model, steps in history.items():
+        for step, found in steps.items():
+            numbers = [found.get("masked"), found.get("masked_and_dropped"), *found["layer_cls"]]
+            rows.append([model, str(step), *(None if x is None else f"{x:.4f}" for x in numbers)])
+    return header, rows
+
+
 def tables_used(found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> str:
     """A sentence: by which importance table each model dropped which share of its tokens."""
     source = {"learned": "the table of its own run", "estimated": "a table estimated from its losses on this text"}
@@ -260,6 +283,31 @@ def _plot_drift(found: Mapping[str, Mapping[str, Any]], models: Sequence[str], p
             axis.plot(range(1, len(values) + 1), values, marker="o", ms=3, label=model)
         axis.set(title=f"Full against dropped pass, {title}", xlabel="layer", ylabel="cosine")
         axis.legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=130)
+
+
+def _plot_history(history: Mapping[str, Mapping[int, Mapping[str, Any]]], path: Path) -> None:
+    """Over the steps: the cosine of the passes' [CLS], a panel per model and a line for each layer in which they differ; then,
+    where a sentence encoder was given, Figure 3's curves.
+    """
+    texts = {model: steps for model, steps in history.items() if all("masked" in found for found in steps.values())}
+    figure, axes = _figure(len(history) + bool(texts))
+    for axis, (model, steps) in zip(axes, history.items(), strict=False):
+        first, last = next(iter(steps.values()))["about"]["dropped_layers"]
+        for i in range(first, last + 1):
+            axis.plot(
+                list(steps), [found["layer_cls"][i] for found in steps.values()], marker="o", ms=3, label=f"layer {i + 1}"
+            )
+        axis.set(title=f"Full against dropped pass, [CLS]: {model}", xlabel="step", ylabel="cosine")
+    for color, (model, steps) in enumerate(texts.items()):
+        for key, style in (("masked", "--"), ("masked_and_dropped", "-")):
+            values = [found[key] for found in steps.values()]
+            axes[-1].plot(
+                list(steps), values, style, marker="o", ms=3, color=f"C{color}", label=f"{model}, {key.replace('_', ' ')}"
+            )
+        axes[-1].set(title="Sentence embeddings, original against corrupted text", xlabel="step", ylabel="cosine")
+    for axis in axes:
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=130)
 
 

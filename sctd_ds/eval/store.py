@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sctd_ds.eval.sources import EvalError
+from sctd_ds.huggingface import ImportanceTable
 
 
 @dataclass(frozen=True)
 class Model:
-    """A Hugging Face folder (or Hub name) under the name that reports give it."""
+    """A Hugging Face folder (or Hub name) under the name that reports give it.
+
+    run: the folder of the run that exported it, where that is known. checkpoint: one of that run's; then the weights and the
+    importance table are the checkpoint's.
+    """
 
     name: str
     path: str
+    run: Path | None = None
+    checkpoint: Path | None = None
 
     def check(self) -> Model:
         """Self, or EvalError for a folder that is not a model with a tokenizer."""
@@ -31,8 +42,42 @@ class Model:
         return self
 
     @property
+    def step(self) -> int | None:
+        """The optimizer step of the checkpoint."""
+        return int(self.checkpoint.name.removeprefix("step_")) if self.checkpoint else None
+
+    def history(self) -> list[Model]:
+        """This model at the checkpoints that its run kept, by step. A pipeline's are left out: their weights lie apart."""
+        kept = sorted((self.run / "checkpoints").glob("step_*")) if self.run else ()
+        models = [replace(self, checkpoint=folder) for folder in kept]
+        return [model for model in models if model._settings()["pretrain.stages"] == 1]
+
+    def _settings(self) -> dict[str, Any]:
+        assert self.checkpoint is not None
+        return json.loads((self.checkpoint / "settings.json").read_text(encoding="utf-8"))["settings"]
+
+    def read_checkpoint(self) -> tuple[dict[str, Tensor], ImportanceTable | None]:
+        """Weights of the checkpoint as its run computed with them (16 bits in a 16-bit run), and the table if there is one.
+
+        Raises EvalError for a checkpoint that is damaged.
+        """
+        from sctd_ds import checkpoint  # brings DeepSpeed along
+
+        assert self.checkpoint is not None
+        problem = checkpoint.verify(self.checkpoint)
+        if problem:
+            raise EvalError(f"{problem}; delete the checkpoint to leave it out")
+        settings = self._settings()
+        content = torch.load(self.checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+        if settings["sctd.method"] == "dense" or settings["sctd.importance"] == "random":
+            return content["module"], None
+        return content["module"], ImportanceTable(content["sctd"]["importance"]["scores"], settings["sctd.drop_ratio"])
+
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes with the weights of a folder; the name itself for a model of the Hub."""
+        """Changes with the weights and the table of a folder or checkpoint; the name itself for a model of the Hub."""
+        if self.checkpoint:
+            return fingerprint((self.checkpoint / "manifest.json").read_bytes())
         weights = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(self.path).glob(kind))
         return fingerprint(*(file.read_bytes() for file in weights)) if weights else self.path
 
@@ -59,8 +104,6 @@ def remember(path: Path | None, settings: dict[str, Any], measure: Callable[[], 
         if changed:
             raise EvalError(f"{path}: measured with another {', '.join(changed)}; choose another --out, or delete the file")
         return found["scores"]
-
-    import torch
 
     start = time.perf_counter()
     outcome = measure()
