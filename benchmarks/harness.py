@@ -46,9 +46,10 @@ class Environment:
             from triton import __version__ as triton_version
         except ImportError:
             triton_version = "none"
-        gpu = torch.cuda.is_available()
+        gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
+        cpu = f"CPU {platform.machine()}, {threads} thread{'s' * (threads > 1)}"
         return cls(
-            device=torch.cuda.get_device_name() if gpu else f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
+            device=torch.cuda.get_device_name() if gpu else cpu,
             commit=commit(),
             torch=torch.__version__,
             triton=triton_version,
