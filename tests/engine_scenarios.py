@@ -9,6 +9,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from transformers import BertConfig, BertForMaskedLM
 
 import sctd_ds
@@ -18,7 +19,8 @@ from sctd_ds.huggingface import full_precision_state
 STEPS, BATCH, LENGTH, VOCABULARY = 7, 8, 16, 64
 
 
-def make(world, *, accumulation=2, zero=2, bf16=False, **method):
+def make(world, *, accumulation=2, zero=2, bf16=False, fp16=None, **method):
+    """fp16: exponent of the first loss scale."""
     torch.manual_seed(0)
     config = BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
                         intermediate_size=64, max_position_embeddings=LENGTH, hidden_dropout_prob=0.0,
@@ -35,6 +37,12 @@ def make(world, *, accumulation=2, zero=2, bf16=False, **method):
     }
     if bf16:
         settings["bf16"] = {"enabled": True}
+    if fp16 is not None:
+        # torch computes in fp16 on a CPU too; DeepSpeed does not offer it there because it is slow.
+        accelerator = get_accelerator()
+        accelerator.is_fp16_supported = lambda: True
+        accelerator.supported_dtypes = lambda: [torch.float, torch.bfloat16, torch.half]
+        settings["fp16"] = {"enabled": True, "initial_scale_power": fp16}
     engine, *_ = sctd_ds.initialize(model=model, model_parameters=model.parameters(), config=settings)
     return engine
 
@@ -101,6 +109,29 @@ def overflow(engine):
     return {**result, "applied_after": engine.applied_steps}
 
 
+def real_overflow(world, folder):
+    """fp16 with a loss scale far too high: steps are skipped until it fits, then training goes on, also from a checkpoint."""
+    engine = make(world, fp16=28)
+    batches = micro_batches(engine, world, dist.get_rank())
+    weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    engine.train_batch(batches)
+    first = {
+        "skipped": engine.skipped_steps, "applied": engine.applied_steps,
+        "weights_same": all(torch.equal(weights[name], p) for name, p in engine.module.named_parameters()),
+        "scores_same": bool((sctd_ds.importance(engine.module).scores[5:] == 10).all()),
+    }  # fmt: skip
+    tried, losses = [], []
+    while engine.applied_steps < STEPS and len(tried) < 40:
+        tried.append((engine.applied_steps, engine.step_mode))
+        losses.append(engine.train_batch(batches))
+    engine.save_checkpoint(str(folder), tag="fp16")
+    other = make(world, fp16=28)
+    other.load_checkpoint(str(folder), tag="fp16")
+    scales = [e._get_optimizer_loss_scale() for e in (engine, other)]
+    went_on, resumed = train(engine, 3), train(other, 3)
+    return {"first": first, "tried": tried, "losses": losses, "scales": scales, "went_on": went_on, "resumed": resumed}
+
+
 def master_weights(engine):
     """What an export gets out of a bf16 run: the optimizer's fp32 weights, of which the model's are the rounding."""
     train(engine, 2)
@@ -144,6 +175,7 @@ def main():
     results["bf16"] = train(make(world, bf16=True))
     results["by_hand"] = by_hand(make(world))
     results["overflow"] = overflow(make(world))
+    results["fp16"] = real_overflow(world, folder / f"fp16_{world}")
     results["master_weights"] = master_weights(make(world, bf16=True))
     results["poisoned"] = poisoned(make(world))
     engine = make(world)

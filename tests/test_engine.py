@@ -76,6 +76,23 @@ def test_overflowed_step_changes_nothing_and_is_not_counted(results, rank):
 
 
 @pytest.mark.parametrize("rank", RANKS)
+def test_fp16_skips_steps_until_the_loss_scale_fits_and_resumes_exactly(results, rank):
+    fp16 = results[rank]["fp16"]
+    assert fp16["first"] == {"skipped": 1, "applied": 0, "weights_same": True, "scores_same": True}
+    # Every step of the schedule is tried until it is applied, and only then the next.
+    applied = [step for step, _ in fp16["tried"]]
+    assert sorted(set(applied)) == list(range(len(KINDS))) and applied == sorted(applied) and len(applied) > len(KINDS)
+    assert all(kind == KINDS[step] for step, kind in fp16["tried"])
+    assert fp16["losses"][-1] < fp16["losses"][0]
+    scale, restored = fp16["scales"]
+    assert restored == scale < 2**28
+    assert fp16["went_on"]["kinds"] == fp16["resumed"]["kinds"] and fp16["resumed"]["scores"].dtype == torch.float32
+    for name in ("losses", "scores"):
+        assert torch.equal(fp16["went_on"][name], fp16["resumed"][name]), name
+    assert all(torch.equal(w, fp16["resumed"]["weights"][name]) for name, w in fp16["went_on"]["weights"].items())
+
+
+@pytest.mark.parametrize("rank", RANKS)
 def test_nan_on_one_rank_stops_all_before_the_update(results, rank):
     poisoned = results[rank]["poisoned"]
     assert poisoned["step"] == 2 and poisoned["weights_same"] and poisoned["scores_finite"]
