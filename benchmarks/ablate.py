@@ -4,8 +4,10 @@
 
 Each variant and seed is an ordinary `pretrain.py` run from one base configuration. What is finished is kept: the same command
 continues, more sweeps or seeds add to it, and runs that two sweeps share are run once. Every run is judged by its validation
-loss, with all tokens and with dropping, by its step time, and, with --data-dir, by the probes and by fine-tuning (--tasks).
-results.csv has a line per run, tables.md the paper's tables with ours beside, and a figure each. What was not run is left out.
+loss, with all tokens and with dropping, by its step time, and, with --data-dir, by a score: the mean over --tasks, each after
+fine-tuning, or, without tasks, over the probes. --points N keeps N checkpoints along each run of the method sweep and scores
+them all, which is Figure 6. results.csv has a line per run, curves.csv one per validation and scored checkpoint, tables.md the
+paper's tables with ours beside, and a figure each. What was not run is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import argparse
 import contextlib
 import csv
 import json
+import math
 import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -24,25 +28,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from tqdm import tqdm
 
+import sctd_ds
 from benchmarks.harness import ROOT, commit
 from sctd_ds import metrics
-from sctd_ds.config import ConfigError, differences, load
+from sctd_ds.checkpoint import verify
+from sctd_ds.config import ConfigError, RunConfig, differences, load
+from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 
-# GLUE averages of the paper: Table 4 and 5 after 35K steps of BERT-large; Table 2 after 250K of BERT-base.
-PAPER = {
-    "method": {"dense": 81.11, "token_drop": 80.35, "sctd": 81.72},
-    "objective": {"dense": 77.73, "token_drop": 76.58, "L_MLM": 78.30, "L_SCl": 78.06, "L_SCg": 79.27, "L_MLM+L_SCl": 78.51,
-                  "L_MLM+L_SCg": 79.26, "L_SCl+L_SCg": 79.36, "sctd": 79.58},
-    "interval": {"dense": 77.73, "token_drop": 76.58, "Fi=5": 78.96, "Fi=10": 79.58, "Fi=20": 78.45, "Fi=50": 79.01},
-    "lambda": {},  # Figure 7 has no numbers
+# The paper's results by sweep: columns, and their values by variant. Figure 7 has no numbers.
+PAPER: dict[str, tuple[tuple[str, ...], dict[str, tuple[float, ...]]]] = {
+    "method": (("GLUE",), {"dense": (81.11,), "token_drop": (80.35,), "sctd": (81.72,)}),
+    "objective": (("GLUE", "SuperGLUE", "SQuAD"), {
+        "dense": (77.73, 69.11, 74.15), "token_drop": (76.58, 68.01, 72.28), "L_MLM": (78.30, 68.73, 75.56),
+        "L_SCl": (78.06, 69.49, 75.66), "L_SCg": (79.27, 68.64, 75.80), "L_MLM+L_SCl": (78.51, 69.64, 75.51),
+        "L_MLM+L_SCg": (79.26, 69.32, 75.59), "L_SCl+L_SCg": (79.36, 69.89, 75.91), "sctd": (79.58, 70.29, 76.01)}),
+    "interval": (("time saved (%)", "GLUE", "SQuAD"), {
+        "dense": (0.0, 77.73, 74.15), "token_drop": (21.5, 76.58, 72.28), "Fi=5": (4.9, 78.96, 75.49),
+        "Fi=10": (13.8, 79.58, 75.80), "Fi=20": (18.1, 78.45, 75.74), "Fi=50": (20.5, 79.01, 75.04)}),
+    "lambda": ((), {}),
 }  # fmt: skip
-PAPER_TITLE = {
+TITLE = {
     "method": "Table 2 and Figure 6: method (BERT-base, 250K steps)",
     "objective": "Table 4: training objectives (BERT-large, 35K steps)",
     "interval": "Table 5: interval Fi (BERT-large, 35K steps)",
     "lambda": "Figure 7: lambda (BERT-large, 35K steps)",
+}
+NOTE = {
+    "objective": "Terms beside the dropped pass's own loss: L_MLM, the loss on the full pass; L_SCl, the KL of layer l-1; "
+    "L_SCg, that of layer l; sctd has all three. A row without L_MLM is the released code's objective: the dropped pass's loss "
+    "counts whole instead of half, and the KL's gradient reaches the full pass as well, where the rows with L_MLM stop it.",
 }
 
 # By sweep, what each variant sets beside the base configuration. Variants of equal settings are one run.
@@ -69,7 +87,7 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "interval": {**_BASELINES, **{f"Fi={fi}": {"sctd.interval": fi} for fi in (5, 10, 20, 50)}},
     "lambda": {**_BASELINES, **{f"lambda={x:g}": {"sctd.kl_weight": x} for x in (0.0, 0.01, 0.05, 0.25, 0.5)}},
 }
-LOSS, TIME = "loss_full", "ms_per_step"
+LOSS, TIME, SAVED = "loss_full", "ms_per_step", "flops_saved"
 FINE = (LOSS, "loss_drop", "cosine_previous")  # measures whose third and fourth digits matter
 BEGAN = "began.json"  # what a run was started with
 
@@ -86,13 +104,9 @@ class Run:
         said = [f"{key.split('.')[-1]}-{value}" for key, value in self.changes] or ["base"]
         return "_".join([*said, f"seed-{self.seed}"])
 
-    def arguments(self) -> list[str]:
+    def overrides(self) -> list[str]:
         pairs = [*self.changes, ("pretrain.seed", self.seed)]
-        return [
-            part
-            for key, value in pairs
-            for part in ("--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}")
-        ]
+        return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in pairs]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,6 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--tasks", type=lambda text: text.split(","), default=[], metavar="A,B", help="fine-tune on these as well"
     )
+    parser.add_argument("--points", type=int, default=1, metavar="N", help="score every run of the method "
+                        "sweep up to N times, evenly spaced, the last time at its end; these models are kept")  # fmt: skip
     parser.add_argument(
         "--eval-arguments", default="", metavar="TEXT", help='for sctd_ds.eval: "--epochs 3 --learning-rate 1e-3"'
     )
@@ -122,12 +138,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    timed = {run for of in runs.get("method", {}).values() for run in of} if options.points > 1 else set()
     with tqdm(in_order(runs, options.seeds), unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         for run in bar:
             bar.set_description(run.name)
             pretrain(run, options)
             if options.data_dir:
-                evaluate(run, options)
+                evaluate(run, options, run in timed)
     print(write(options.out, runs, options))
     return 0
 
@@ -135,6 +152,15 @@ def main(arguments: list[str] | None = None) -> int:
 def plan(options: argparse.Namespace) -> dict[str, dict[str, list[Run]]]:
     """The runs by sweep and variant, each configuration checked before the first run starts. Raises ConfigError."""
     base = load(options.config, options.overrides, options.gpus)
+    if options.points < 1 or options.points > base.pretrain.steps:
+        raise ConfigError(f"--points {options.points}: expected 1 to {base.pretrain.steps}, the steps of a run")
+    if options.points > 1 and (not options.data_dir or base.pretrain.stages > 1):
+        raise ConfigError(f"--points {options.points}: needs --data-dir, to score by, and runs without pipeline stages")
+    unknown = [task for task in options.tasks if task not in TASKS]
+    if unknown:
+        raise ConfigError(f"--tasks {','.join(unknown)}: unknown; there are {', '.join(TASKS)}")
+    if options.tasks and not options.data_dir:
+        raise ConfigError(f"--tasks {','.join(options.tasks)}: needs --data-dir, the folder with the tasks' data")
     if base.sctd.method != "sctd":
         raise ConfigError(f'{options.config}: sctd.method is "{base.sctd.method}"; the base of an ablation must be "sctd"')
     settings = base.flat()
@@ -147,11 +173,11 @@ def plan(options: argparse.Namespace) -> dict[str, dict[str, list[Run]]]:
             # What the base sets already is no change: so "Fi=10", "lambda=0.05" and "sctd" are one run.
             real = tuple(sorted((key, value) for key, value in changes.items() if settings.get(key) != value))
             of = [Run(real, seed) for seed in range(options.seeds)]
-            load(options.config, [*options.overrides, *of[0].arguments()[1::2]], options.gpus)
+            configured(of[0], options)
             runs.setdefault(sweep, {})[variant] = of
-    unknown = set(options.variants or ()) - {variant for variants in runs.values() for variant in variants}
-    if unknown:
-        raise ConfigError(f"--variants {', '.join(sorted(unknown))}: not in the sweeps {', '.join(options.sweep)}")
+    missing = set(options.variants or ()) - {variant for variants in runs.values() for variant in variants}
+    if missing:
+        raise ConfigError(f"--variants {', '.join(sorted(missing))}: not in the sweeps {', '.join(options.sweep)}")
     return runs
 
 
@@ -160,10 +186,22 @@ def in_order(runs: Mapping[str, Mapping[str, Sequence[Run]]], seeds: int) -> lis
     return list(dict.fromkeys(of[seed] for variants in runs.values() for seed in range(seeds) for of in variants.values()))
 
 
+def configured(run: Run, options: argparse.Namespace) -> tuple[RunConfig, list[str]]:
+    """The run's configuration, and what makes it of the base file. With --points, validations and checkpoints stand there."""
+    overrides = [*options.overrides, *run.overrides()]
+    if options.points > 1:
+        steps = load(options.config, overrides, options.gpus).pretrain.steps
+        every = math.ceil(steps / options.points)
+        overrides += [f"pretrain.{name}={every}" for name in ("save_every", "validation_every")]
+        overrides.append(f"pretrain.keep_last={steps}")  # all, and those of interruptions
+    return load(options.config, overrides, options.gpus), overrides
+
+
 def pretrain(run: Run, options: argparse.Namespace) -> None:
     """Run `pretrain.py`, or continue it, or do nothing when it is finished. Its output goes to log.txt of the run."""
     folder = options.out / "runs" / run.name
-    settings = load(options.config, [*options.overrides, *run.arguments()[1::2]], options.gpus).flat()
+    config, overrides = configured(run, options)
+    settings = config.flat()
     settings = {"data": options.data, **{key: settings[key] for key in settings if key != "pretrain.output"}}
     began = folder / BEGAN
     if began.is_file():
@@ -180,7 +218,7 @@ def pretrain(run: Run, options: argparse.Namespace) -> None:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(options.gpus), "--master_port", str(port),
                str(ROOT / "pretrain.py"), "--deepspeed_config", str(options.config), "--output", str(folder)]  # fmt: skip
-    command += [part for item in options.overrides for part in ("--set", item)] + run.arguments()
+    command += [part for item in overrides for part in ("--set", item)]
     command += ["--data", *options.data] if options.data else []
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         status = subprocess.run(
@@ -190,31 +228,54 @@ def pretrain(run: Run, options: argparse.Namespace) -> None:
         raise SystemExit(f"{run.name}: pretrain.py ended with status {status.returncode}; see {folder / 'log.txt'}")
 
 
-def evaluate(run: Run, options: argparse.Namespace) -> None:
-    """Probe and fine-tune the run's model; what was done before is kept by sctd_ds.eval itself."""
+def evaluate(run: Run, options: argparse.Namespace, timed: bool) -> None:
+    """Probe and fine-tune the run's model, and those of its points if timed; sctd_ds.eval keeps what was done before."""
     from sctd_ds.eval.__main__ import main as evaluation
 
     folder = options.out / "runs" / run.name
-    command = [f"{run.name}={folder}", "--data-dir", str(options.data_dir), "--out", str(options.out / "eval"), "--seeds", "1",
-               "--tasks", ",".join(["tense", "number", *options.tasks]), *options.eval_arguments.split()]  # fmt: skip
+    models = [f"{run.name}={folder}"]
+    if timed:
+        config, _ = configured(run, options)
+        for step in range(config.pretrain.save_every, config.pretrain.steps, config.pretrain.save_every):
+            models.append(f"{run.name}@{step}={export_point(folder, step, config)}")
+    command = [*models, "--data-dir", str(options.data_dir), "--out", str(options.out / "eval"), "--seeds", "1",
+               "--tasks", ",".join([*PROBES, *options.tasks]), *options.eval_arguments.split()]  # fmt: skip
     with (folder / "eval.md").open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         status = evaluation(command)
     if status:
         raise SystemExit(f"{run.name}: evaluation ended with status {status}")
 
 
-def outcome(run: Run, out: Path) -> dict[str, float] | None:
-    """What a finished run reached, by measure; None for one that is not finished."""
-    folder = out / "runs" / run.name
-    if not (folder / "report.json").is_file():
-        return None
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    values: dict[str, float] = {
-        key: report["validation"][key] for key in (LOSS, "loss_drop", "cosine_previous") if key in report["validation"]
-    }
-    values[TIME] = report["global_batch"] / report["samples_per_s"] * 1000
-    values["flops_saved"] = 100 * report["flops_saved"]
-    for path in sorted((out / "eval" / "scores" / run.name).glob("*/*.json")):
+def export_point(folder: Path, step: int, config: RunConfig) -> Path:
+    """A finished run's checkpoint as a Hugging Face folder, RUN/points/step_...; takes the checkpoint's place.
+
+    The weights are those that the forward pass used: in an fp16 run they are rounded, unlike those of RUN/model.
+    """
+    name = f"step_{step:08d}"
+    target, checkpoint = folder / "points" / name, folder / "checkpoints" / name
+    if target.is_dir():
+        return target
+    problem = verify(checkpoint)
+    if problem:
+        raise SystemExit(
+            f"{problem}. --points needs the checkpoints of a run that began with it: delete {folder}, or leave it out"
+        )
+    saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder / "model")
+    model.load_state_dict(saved["module"])
+    if config.sctd.method != "dense":  # so that the table is exported, too
+        sctd_ds.convert(model, config.sctd.model_copy(update={"keep_token_ids": []}))
+        sctd_ds.importance(model).load_state_dict(saved["sctd"]["importance"])
+    target.parent.mkdir(exist_ok=True)
+    sctd_ds.export(model, target, transformers.AutoTokenizer.from_pretrained(folder / "model"))
+    shutil.rmtree(checkpoint)
+    return target
+
+
+def measured(name: str, out: Path) -> dict[str, float]:
+    """What the evaluation found of a model, by measure, in percent."""
+    values: dict[str, float] = {}
+    for path in sorted((out / "eval" / "scores" / name).glob("*/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         task, found = record["task"], record["scores"]
         if task.startswith("probe-"):
@@ -223,57 +284,110 @@ def outcome(run: Run, out: Path) -> dict[str, float] | None:
             values[f"{task} l-1, dropped"] = found["dropped_mean"][-2]
             values[f"{task} bag of words"] = found["bag_of_words"]
         else:
-            from sctd_ds.eval.tasks import TASKS
-
             values[task] = statistics.fmean(found[metric] for metric in TASKS[task].metrics)
     return values
 
 
+def score(values: Mapping[str, float], tasks: Sequence[str]) -> dict[str, float]:
+    """The mean over the tasks, each the mean of its metrics (the paper's GLUE average), else over the probes, named so.
+
+    Empty unless every part was measured.
+    """
+    parts = tasks or [f"probe-{name} l-1, full" for name in PROBES]
+    if any(part not in values for part in parts):
+        return {}
+    of_tasks = "GLUE average" if set(tasks) == set(SUITES["glue"]) else "mean of tasks"
+    return {of_tasks if tasks else "mean of probes": statistics.fmean(values[part] for part in parts)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run reached: values at its end by measure, and what was measured along it."""
+
+    values: dict[str, float]
+    points: list[dict[str, float]]
+    """By step: "step", "seconds" of training until then, its "dense_steps" (operations, in dense steps), and measures."""
+
+
+def outcome(run: Run, out: Path, tasks: Sequence[str]) -> Outcome | None:
+    """What is known of a run; None for one that is not finished."""
+    folder = out / "runs" / run.name
+    if not (folder / "report.json").is_file():
+        return None
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    values: dict[str, float] = {
+        key: report["validation"][key] for key in (LOSS, "loss_drop", "cosine_previous") if key in report["validation"]
+    }
+    values[TIME] = report["global_batch"] / report["samples_per_s"] * 1000
+    values[SAVED] = 100 * report["flops_saved"]
+    found = measured(run.name, out)
+    values |= score(found, tasks) | found
+    seconds, points = 0.0, []
+    for record in metrics.read(folder / "metrics.jsonl"):
+        seconds += record.get("step_ms", 0.0) / 1000
+        if record["event"] == "validation":
+            step = record["step"]
+            reached = found if step == report["steps"] else measured(f"{run.name}@{step}", out)
+            points.append({"step": step, "seconds": seconds, "dense_steps": step * (1 - report["flops_saved"]),
+                           LOSS: record[LOSS], **score(reached, tasks)})  # fmt: skip
+    return Outcome(values, points)
+
+
 def write(out: Path, runs: Mapping[str, Mapping[str, Sequence[Run]]], options: argparse.Namespace) -> str:
-    """Write results.csv, tables.md and the figures of the runs that are finished; returns the Markdown."""
-    found = {run: outcome(run, out) for variants in runs.values() for of in variants.values() for run in of}
-    finished = {run: values for run, values in found.items() if values is not None}
-    measures = list(dict.fromkeys(name for values in finished.values() for name in values))
-    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["sweep", "variant", "seed", "commit", *measures])
-        for sweep, variants in runs.items():
-            for variant, of in variants.items():
-                for run in of:
-                    if run in finished:
-                        began = json.loads((out / "runs" / run.name / BEGAN).read_text(encoding="utf-8"))
-                        values = (finished[run].get(measure, "") for measure in measures)
-                        writer.writerow([sweep, variant, run.seed, began["commit"], *values])
+    """Write results.csv, curves.csv, tables.md and the figures of the runs that are finished; returns the Markdown."""
+    found = {run: outcome(run, out, options.tasks) for run in in_order(runs, options.seeds)}
+    finished = {run: reached for run, reached in found.items() if reached is not None}
+    measures = list(dict.fromkeys(name for reached in finished.values() for name in reached.values))
+    along = list(dict.fromkeys(name for reached in finished.values() for point in reached.points for name in point))
+    lines, curves = [], []
+    for sweep, variants in runs.items():
+        for variant, of in variants.items():
+            for run in (run for run in of if run in finished):
+                began = json.loads((out / "runs" / run.name / BEGAN).read_text(encoding="utf-8"))
+                about, reached = {"sweep": sweep, "variant": variant, "seed": run.seed}, finished[run]
+                lines.append({**about, "commit": began["commit"], **reached.values})
+                curves += [{**about, **point} for point in reached.points]
+    for name, columns, rows in (("results", ["commit", *measures], lines), ("curves", along, curves)):
+        with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["sweep", "variant", "seed", *columns], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     parts = ["# Ablations", _origin(next(iter(finished), None), out, options)]
     for sweep, variants in runs.items():
-        done = {name: [run for run in of if run in finished] for name, of in variants.items()}
-        of_sweep = {name: {run.seed: finished[run] for run in of} for name, of in done.items() if of}
-        parts += [f"## {PAPER_TITLE[sweep]}", compare(sweep, of_sweep, measures)]
-        folders = {name: [out / "runs" / run.name for run in of] for name, of in done.items()}
-        _plot(sweep, of_sweep, folders, out / f"{sweep}.png")
-        parts.append(f"![]({sweep}.png)")
+        done = {name: {run.seed: finished[run] for run in of if run in finished} for name, of in variants.items()}
+        done = {name: by_seed for name, by_seed in done.items() if by_seed}
+        parts += [f"## {TITLE[sweep]}", *([NOTE[sweep]] if sweep in NOTE else []), compare(sweep, done, measures)]
+        if done:
+            _plot(sweep, done, out / f"{sweep}.png")
+            parts.append(f"![]({sweep}.png)")
     text = "\n\n".join(parts) + "\n"
     (out / "tables.md").write_text(text, encoding="utf-8")
     return text
 
 
-def compare(sweep: str, variants: Mapping[str, Mapping[int, Mapping[str, float]]], measures: Sequence[str]) -> str:
+def compare(sweep: str, variants: Mapping[str, Mapping[int, Outcome]], measures: Sequence[str]) -> str:
     """The sweep's table: mean ± standard deviation over seeds; in brackets p of a paired t-test against token_drop."""
     from sctd_ds.eval.report import mean_of, paired_p, table
 
     control = variants.get("token_drop", {})
-    rows = []
+    columns, published = PAPER[sweep]
+    rows, tests = [], 0
     for name, by_seed in variants.items():
         row: list[str | float | None] = [name, str(len(by_seed))]
         for measure in measures:
-            values = {seed: found[measure] for seed, found in by_seed.items() if measure in found}
+            values = {seed: reached.values[measure] for seed, reached in by_seed.items() if measure in reached.values}
             cell = mean_of([*values.values()], digits=4 if measure in FINE else 2)
-            other = {seed: found[measure] for seed, found in control.items() if measure in found}
-            p = paired_p(other, values) if name != "token_drop" and measure not in (TIME, "flops_saved") else None
+            other = {seed: reached.values[measure] for seed, reached in control.items() if measure in reached.values}
+            p = paired_p(other, values) if name != "token_drop" and measure not in (TIME, SAVED) else None
+            tests += p is not None
             row.append(cell if cell is None or p is None else f"{cell} (p {p:.3f})")
-        published = PAPER[sweep].get(name)
-        rows.append([*row, None if published is None else f"{published:.2f}"])
-    return table(["variant", "runs", *measures, "*paper: GLUE average*"], rows)
+        rows.append([*row, *(f"{value:.2f}" for value in published.get(name, ()))])
+    text = table(["variant", "runs", *measures, *(f"*paper: {column}*" for column in columns)], rows)
+    if tests > 1:
+        text += (
+            f"\n\n{tests} tests stand in this table; after Bonferroni's correction for them, p below {0.05 / tests:.2g} counts."
+        )
+    return text
 
 
 def _origin(run: Run | None, out: Path, options: argparse.Namespace) -> str:
@@ -295,28 +409,45 @@ def _origin(run: Run | None, out: Path, options: argparse.Namespace) -> str:
     )  # fmt: skip
 
 
-def _plot(
-    sweep: str, variants: Mapping[str, Mapping[int, Mapping[str, float]]], folders: Mapping[str, Sequence[Path]], path: Path
-) -> None:
-    """Left: loss by variant, one point per seed. Right: validation loss against training time (Figure 6)."""
+def _plot(sweep: str, variants: Mapping[str, Mapping[int, Outcome]], path: Path) -> None:
+    """A row for the loss, and one for the score where there is one: at the end, against training time, against operations."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, (name, by_seed) in enumerate(variants.items()):
-        left.plot([i] * len(by_seed), [found[LOSS] for found in by_seed.values()], "o", color=f"C{i}")
-        for j, folder in enumerate(folders[name]):
-            records, seconds, points = metrics.read(folder / "metrics.jsonl"), 0.0, []
-            for record in records:
-                seconds += record.get("step_ms", 0.0) / 1000
-                if record["event"] == "validation":
-                    points.append((seconds, record["loss_full"]))
-            right.plot(*zip(*points, strict=True), color=f"C{i}", lw=1, marker=".", label=None if j else name)
-    left.set_xticks(range(len(variants)), list(variants), rotation=20)
-    left.set(ylabel="validation loss, all tokens", title=f"{sweep}: final loss, one point per seed")
-    right.set(xlabel="training time (s)", ylabel="validation loss, all tokens", title="loss against time")
-    right.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+    along = {
+        name for by_seed in variants.values() for reached in by_seed.values() for point in reached.points for name in point
+    }
+    rows = {LOSS: "validation loss, all tokens"}
+    rows |= {name: f"{name} (%)" for name in sorted(along) if name.startswith(("GLUE", "mean"))}
+    figure = Figure(figsize=(16, 4.5 * len(rows)), layout="constrained")
+    for (end, *curves), (measure, label) in zip(figure.subplots(len(rows), 3, squeeze=False), rows.items(), strict=True):
+        _plot_end(end, variants, measure)
+        end.set(ylabel=label, title=f"{sweep}: at the end, one point per seed")
+        for axis, x in zip(curves, ("seconds", "dense_steps"), strict=True):
+            for i, (name, by_seed) in enumerate(variants.items()):
+                for j, reached in enumerate(by_seed.values()):
+                    points = [(point[x], point[measure]) for point in reached.points if measure in point]
+                    axis.plot(*zip(*points, strict=True), color=f"C{i}", lw=1, marker=".", label=None if j else name)
+            axis.set(ylabel=label, title="against training time" if x == "seconds" else "against operations",
+                     xlabel="training time (s)" if x == "seconds" else "operations, in steps of dense training")  # fmt: skip
+        curves[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _plot_end(axis: Any, variants: Mapping[str, Mapping[int, Outcome]], measure: str) -> None:
+    """A place per variant. Variants of a number (lambda=0.05) get their mean as a curve, and the others become lines."""
+    ends = {name: [r.values[measure] for r in by_seed.values() if measure in r.values] for name, by_seed in variants.items()}
+    ends = {name: values for name, values in ends.items() if values}
+    numbered = [name for name in ends if "=" in name]
+    places = numbered or [*ends]
+    for i, (name, values) in enumerate(ends.items()):
+        if name in places:
+            axis.plot([places.index(name)] * len(values), values, "o", color=f"C{i}")
+        else:
+            axis.axhline(statistics.fmean(values), color=f"C{i}", ls="--", label=f"{name}, mean")
+    if numbered:
+        axis.plot(range(len(places)), [statistics.fmean(ends[name]) for name in places], color="k", lw=1, label="mean")
+        axis.legend(fontsize=7)
+    axis.set_xticks(range(len(places)), places, rotation=20)
 
 
 if __name__ == "__main__":

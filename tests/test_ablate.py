@@ -1,23 +1,35 @@
-"""Ablations: what is planned, and what is said of runs that are finished."""
+"""Ablations: what is planned, what is said of runs that are finished, and a sweep from its configuration to its figure."""
 
+import csv
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, write_settings
+from transformers import AutoModelForMaskedLM
 
-from benchmarks.ablate import BEGAN, in_order, plan, write
+from benchmarks import ablate
+from benchmarks.ablate import BEGAN, in_order, plan, score, write
 from sctd_ds import ConfigError
+from sctd_ds.eval import twins
+from sctd_ds.huggingface import read_importance
 
 
-def ablation_options(tmp_path, **changes):
-    values = {"config": ROOT / "ds_configs" / "tiny.json", "out": tmp_path, "data": None, "data_dir": None, "tasks": [],
+def ablation_options(out: Path, **changes) -> Namespace:
+    values = {"config": ROOT / "ds_configs" / "tiny.json", "out": out, "data": None, "data_dir": None, "tasks": [],
               "sweep": ["method", "interval", "lambda", "objective"], "variants": None, "seeds": 3, "overrides": [],
-              "gpus": 1}  # fmt: skip
+              "gpus": 1, "points": 1}  # fmt: skip
     return Namespace(**{**values, **changes})
 
 
-def test_ablations_share_runs_of_equal_settings(tmp_path):
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_sweeps_share_runs_of_equal_settings(tmp_path):
     runs = plan(ablation_options(tmp_path))
     base = runs["method"]["sctd"]
     assert [run.changes for run in base] == [()] * 3 and [run.seed for run in base] == [0, 1, 2]
@@ -28,36 +40,127 @@ def test_ablations_share_runs_of_equal_settings(tmp_path):
     assert [run.seed for run in ordered[:15]] == [0] * 5 + [1] * 5 + [2] * 5  # the first sweep, seed by seed
 
 
-def test_ablations_refuse_what_cannot_run_before_the_first_run(tmp_path):
-    with pytest.raises(ConfigError, match="must be"):
-        plan(ablation_options(tmp_path, overrides=["sctd.method=dense"]))
-    with pytest.raises(ConfigError, match="Fi=7: not in the sweeps"):
-        plan(ablation_options(tmp_path, variants=["Fi=7"]))
-    with pytest.raises(ConfigError, match=r"unknown key"):
-        plan(ablation_options(tmp_path, overrides=["sctd.intervall=3"]))
+def test_rows_of_table_4_learn_the_terms_they_are_named_after(tmp_path):
+    """Every row of the paper is there, and a term is in the objective exactly where its name is in the row's."""
+    options = ablation_options(tmp_path, sweep=["objective"])
+    rows = plan(options)["objective"]
+    assert set(rows) == set(ablate.PAPER["objective"][1])
+    for name, (run, *_) in rows.items():
+        config = ablate.configured(run, options)[0].sctd
+        terms = {"sctd": {"L_MLM", "L_SCl", "L_SCg"}, "dense": set(), "token_drop": set()}.get(name, set(name.split("+")))
+        learned = config.kl_layers if config.method == "sctd" and config.kl_weight else None
+        assert ("L_SCg" in terms) == (learned in ("both", "last")), name
+        assert ("L_SCl" in terms) == (learned in ("both", "previous")), name
+        assert ("L_MLM" in terms) == (config.method == "sctd" and config.objective == "paper"), name
+        assert config.method == (name if name in ("dense", "token_drop") else "sctd")
 
 
-def test_ablation_tables_hold_finished_runs_only(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overrides": ["sctd.method=dense"]}, "must be"),
+        ({"variants": ["Fi=7"]}, "Fi=7: not in the sweeps"),
+        ({"overrides": ["sctd.intervall=3"]}, "unknown key"),
+        ({"tasks": ["rte", "rtf"], "data_dir": ROOT}, "--tasks rtf: unknown"),
+        ({"tasks": ["rte"]}, "needs --data-dir"),
+        ({"points": 5}, "needs --data-dir"),
+        ({"points": 10**6, "data_dir": ROOT}, "the steps of a run"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_first_run(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(ablation_options(tmp_path, **changes))
+
+
+def test_score_is_the_mean_over_tasks_or_else_over_probes():
+    probes = {"probe-tense l-1, full": 80.0, "probe-number l-1, full": 70.0, "probe-tense l-1, dropped": 10.0}
+    assert score(probes, []) == {"mean of probes": 75.0}
+    assert score({**probes, "rte": 60.0, "boolq": 70.0, "copa": 1.0}, ["rte", "boolq"]) == {"mean of tasks": 65.0}
+    assert score({**probes, "rte": 60.0}, ["rte", "boolq"]) == {}  # never a mean over fewer
+    glue = dict.fromkeys(("cola", "mrpc", "stsb", "rte", "mnli"), 80.0) | {"sst2": 92.0}
+    assert score(glue, [*glue]) == {"GLUE average": 82.0}
+
+
+def finished_run(out: Path, run: ablate.Run, loss: float, flops_saved: float = 0.2) -> None:
+    folder = out / "runs" / run.name
+    folder.mkdir(parents=True)
+    validation = {"step": 10, "loss_full": loss}
+    (folder / "report.json").write_text(json.dumps({
+        "validation": validation, "global_batch": 32, "samples_per_s": 16.0, "flops_saved": flops_saved, "steps": 10,
+        "seq_length": 64, "environment": {"device": "CPU"},
+    }))  # fmt: skip
+    (folder / BEGAN).write_text(json.dumps({"commit": "abc", "settings": {}}))
+    lines = [{"event": "train", "step": 5, "step_ms": 2000.0}, {"event": "validation", "step": 5, "loss_full": loss + 1},
+             {"event": "train", "step": 10, "step_ms": 4000.0}, {"event": "validation", **validation}]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_tables_hold_finished_runs_only(tmp_path):
     options = ablation_options(tmp_path, sweep=["interval"])
     runs = plan(options)
     losses = {"dense": (3.0, 3.1, 2.9), "token_drop": (3.2, 3.4, 3.1), "Fi=10": (3.05, 3.2)}
     for variant, values in losses.items():
         for run, loss in zip(runs["interval"][variant], values, strict=False):
-            folder = tmp_path / "runs" / run.name
-            folder.mkdir(parents=True)
-            validation = {"step": 10, "loss_full": loss}
-            (folder / "report.json").write_text(json.dumps({
-                "validation": validation, "global_batch": 32, "samples_per_s": 16.0, "flops_saved": 0.2, "steps": 10,
-                "seq_length": 64, "environment": {"device": "CPU"},
-            }))  # fmt: skip
-            (folder / BEGAN).write_text(json.dumps({"commit": "abc", "settings": {}}))
-            lines = [{"event": "train", "step": 10, "step_ms": 2000.0}, {"event": "validation", **validation}]
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            finished_run(tmp_path, run, loss)
     text = write(tmp_path, runs, options)
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert set(rows) == {"variant", "---", "dense", "token_drop", "Fi=10"}  # Fi=5, 20 and 50 were not run
     # Differences from token_drop -0.2, -0.3, -0.2: t = -7.0 with 2 degrees of freedom; Fi=10 has two of the three seeds.
-    assert "| 3 | 3.0000 ± 0.1000 (p 0.020) | 2000.00 ± 0.00 |" in rows["dense"] and rows["dense"].endswith("| 77.73 |")
+    assert "| 3 | 3.0000 ± 0.1000 (p 0.020) | 2000.00 ± 0.00 |" in rows["dense"]
+    assert rows["dense"].endswith("| 0.00 | 77.73 | 74.15 |")
     assert "| 3 | 3.2333 ± 0.1528 |" in rows["token_drop"] and rows["Fi=10"].split("|")[2].strip() == "2"
+    assert "2 tests stand in this table" in text and "p below 0.025" in text
     assert (tmp_path / "interval.png").stat().st_size > 10_000
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 3 + 3 + 2
+    assert len(rows_of(tmp_path / "results.csv")) == 3 + 3 + 2
+    # Time and operations add up along a run.
+    curve = [row for row in rows_of(tmp_path / "curves.csv") if (row["variant"], row["seed"]) == ("dense", "1")]
+    assert [[float(row[key]) for key in ("step", "seconds", "dense_steps", "loss_full")] for row in curve] == [
+        [5, 2, 4, 4.1], [10, 6, 8, 3.1]]  # fmt: skip
+
+
+def test_nothing_is_said_where_nothing_was_run(tmp_path):
+    options = ablation_options(tmp_path, sweep=["lambda"])
+    assert "No run is finished." in write(tmp_path, plan(options), options)
+    assert not rows_of(tmp_path / "results.csv") and not (tmp_path / "lambda.png").exists()
+
+
+def test_a_sweep_is_scored_along_its_run(tmp_path, small_data, monkeypatch, capsys):
+    """From the configuration to Figure 6: a real run, its checkpoints as models, and their scores; then nothing runs twice."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name)  # transformers would take them for a launcher's
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    twins.write_twins(tmp_path / "twins", train=24, validation=12)
+    out = tmp_path / "out"
+    config = write_settings(tmp_path / "run.json", pretrain={"steps": 8})
+    command = ["--config", str(config), "--out", str(out), "--sweep", "method", "--variants", "sctd", "--seeds", "1",
+               "--data", str(small_data), "--data-dir", str(tmp_path / "twins"),
+               "--tasks", "rte", "--eval-arguments", "--max-steps 1", "--points", "2"]  # fmt: skip
+    assert ablate.main(command) == 0
+    run = out / "runs" / "base_seed-0"
+    assert sorted(path.name for path in (run / "points").iterdir()) == ["step_00000004"]
+    curve = rows_of(out / "curves.csv")
+    assert [int(row["step"]) for row in curve] == [4, 8]
+    measured = {
+        row["step"]: ablate.measured(f"base_seed-0{'' if row['step'] == '8' else '@' + row['step']}", out) for row in curve
+    }
+    assert all(float(row["mean of tasks"]) == measured[row["step"]]["rte"] for row in curve)
+    (result,) = rows_of(out / "results.csv")
+    assert result["mean of tasks"] == curve[-1]["mean of tasks"] and (out / "method.png").stat().st_size > 10_000
+    assert "synthetic twins" in capsys.readouterr().out
+
+    # The last checkpoint is the exported model, bit for bit, and so is the table.
+    settings, _ = ablate.configured(ablate.Run((), 0), ablation_options(out, config=config, points=2))
+    last = ablate.export_point(run, 8, settings)
+    one, other = (AutoModelForMaskedLM.from_pretrained(folder).state_dict() for folder in (run / "model", last))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    tables = [read_importance(folder) for folder in (run / "model", last)]
+    assert torch.equal(tables[0].scores, tables[1].scores)
+    earlier = AutoModelForMaskedLM.from_pretrained(run / "points" / "step_00000004").state_dict()
+    assert not all(torch.equal(one[name], earlier[name]) for name in one)
+
+    before = (out / "tables.md").read_text()
+    monkeypatch.setattr(ablate.subprocess, "run", None)
+    assert ablate.main(command) == 0
+    assert (out / "tables.md").read_text() == before
+    with pytest.raises(SystemExit, match=r"step_00000005.*--points needs the checkpoints"):
+        ablate.export_point(run, 5, settings)
