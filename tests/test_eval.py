@@ -232,7 +232,7 @@ def test_every_file_format_gives_the_same_rows(suffix, tmp_path):
         ("rte", "", "has no rows; columns: sentence1, sentence2; label"),
         ("stsb", '{"sentence1": "a", "sentence2": "b", "label": 9}', "expected a number from 0 to 5"),
         ("copa", '{"premise": "a", "choice1": "b", "choice2": "c", "question": "why", "label": 0}', "cause or effect"),
-        ("squad", '{"context": "a b", "question": "c", "answers": {"text": ["b"], "answer_start": [0]}}', "stand in the"),
+        ("squad", '{"context": "a and b", "question": "c", "answers": {"text": ["b"], "answer_start": [0]}}', "stand in the"),
         ("squad", '{"context": "a b", "question": "c", "answers": {"text": [], "answer_start": []}}', "at least one"),
         ("conll03", '{"tokens": ["a", "b"], "ner_tags": ["O"]}', "for each of 2 tokens"),
         ("conll03", '{"tokens": ["a"], "ner_tags": [3]}', "with names in labels.json"),
@@ -244,6 +244,12 @@ def test_malformed_data_is_one_line_that_names_place_and_schema(name, content, m
     with pytest.raises(EvalError) as error:
         sources.load(TASKS[name], "train", tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value) and "train.jsonl" in str(error.value)
+
+
+def test_answers_off_by_a_character_are_put_where_they_stand():
+    row = {"question": "q", "context": " a bc b", "answers": {"text": ["bc", "b"], "answer_start": [2, 6]}}
+    (clean,) = sources.check(TASKS["squad"], iter([("", row)]), "file")
+    assert clean["answers"] == {"text": ["bc", "b"], "answer_start": [3, 6]}
 
 
 def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
@@ -261,28 +267,38 @@ def test_probe_files_are_read_and_checked(twin_data, tmp_path):
         loaded = sources.load_probe(name, twin_data)
         assert [len(loaded[split]) for split in ("train", "validation", "test")] == [120, 60, 60]
         assert {label for rows in loaded.values() for label, _ in rows} == set(labels)
+        rows = [f"{part}\t{label}\tan older column\tone\x85two \u2028 .\n" for part in ("tr", "va", "te") for label in labels]
+        (tmp_path / file).write_text("".join(rows), encoding="utf-8")
+        assert sources.load_probe(name, tmp_path)["test"][0] == (labels[0], "one\x85two \u2028 .")
         (tmp_path / file).write_text("tr\tWHAT\ta b\n")
         with pytest.raises(EvalError, match="line 1"):
             sources.load_probe(name, tmp_path)
 
 
 def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, monkeypatch):
-    """Against a stand-in of the Hub: RTE has splits, CoNLL03 has files and numbered tags."""
+    """Against a stand-in of the Hub: RTE has splits, CoNLL03 also numbered tags, OntoNotes has files beside their names."""
     import datasets
     import huggingface_hub
 
     asked = []
-    tags = {"O": 0, "B-PER": 1, "I-PER": 2, "B-ORG": 3, "B-LOC": 4}
+    names = ["O", *(f"{part}-{kind}" for kind in twins.ENTITY_TYPES["ontonotes"] for part in "BI")]
+    tags = {name: number for number, name in enumerate(names)}
+    conll = datasets.ClassLabel(names=["O", "B-PER", "I-PER", "B-ORG", "B-LOC"])
 
     def load_dataset(repo, config=None, split=None, data_files=None):
-        asked.append(repo if data_files is None else Path(data_files[0]).name)
-        if data_files is None:
-            assert (repo, config) == ("nyu-mll/glue", "rte")
-            return twins.twin("rte", split, 20)
-        return [{"tokens": r["tokens"], "tags": [tags[t] for t in r["ner_tags"]]} for r in twins.twin("conll03", split, 20)]
+        asked.append(repo if data_files is None else [Path(file).name for file in data_files])
+        if repo == "nyu-mll/glue":
+            assert config == "rte"
+            return datasets.Dataset.from_list(twins.twin("rte", split, 20))
+        if repo == "lhoestq/conll2003":
+            rows = [{**row, "ner_tags": conll.str2int(row["ner_tags"])} for row in twins.twin("conll03", split, 20)]
+            columns = {"id": datasets.Value("string"), "tokens": datasets.List(datasets.Value("string"))}
+            return datasets.Dataset.from_list(rows, features=datasets.Features(**columns, ner_tags=datasets.List(conll)))
+        rows = twins.twin("ontonotes", "train" if "train00.json" in asked[-1] else "validation", 20)
+        return datasets.Dataset.from_list([{**row, "tags": [tags[tag] for tag in row["tags"]]} for row in rows])
 
     def download(repo, name, repo_type, local_files_only):
-        assert (repo, repo_type, local_files_only) == ("tner/conll2003", "dataset", False)
+        assert (repo, repo_type, local_files_only) == ("tner/ontonotes5", "dataset", False)
         path = tmp_path / "hub" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(tags))
@@ -291,12 +307,16 @@ def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, mo
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     said = []
-    tasks = [TASKS["rte"], TASKS["conll03"], TASKS["sick"]]
+    tasks = [TASKS["rte"], TASKS["conll03"], TASKS["ontonotes"], TASKS["sick"]]
     assert sources.fetch(tasks, tmp_path / "data", said.append) == ["sick"]
-    assert asked == ["nyu-mll/glue", "nyu-mll/glue", "train.json", "valid.json"] and "SICK_train.txt" in said[-1]
+    files = [[f"train0{i}.json" for i in range(4)], ["valid.json"]]
+    assert asked == ["nyu-mll/glue"] * 2 + ["lhoestq/conll2003"] * 2 + files and "SICK_train.txt" in said[-1]
     asked.clear()
     assert sources.load(TASKS["rte"], "train", tmp_path / "data")[3]["label"] == 1
-    assert sources.load(TASKS["conll03"], "train", tmp_path / "data")[0]["ner_tags"][0] == "B-PER"
+    for name in ("conll03", "ontonotes"):
+        task = TASKS[name]
+        expected = [row[task.label] for row in twins.twin(name, "train", 20)]
+        assert [row[task.label] for row in sources.load(task, "train", tmp_path / "data")] == expected
     sources.fetch(tasks, tmp_path / "data", said.append)
     assert asked == []  # what is there is not fetched again
     file = tmp_path / "data" / "rte" / "train.parquet"

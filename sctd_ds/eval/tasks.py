@@ -71,8 +71,7 @@ _NOT = ("entailment", "not_entailment")
 _NLI = ("entailment", "neutral", "contradiction")
 _SICK = Source(None, note="SICK_train.txt and SICK_trial.txt of the SICK distribution (SemEval 2014 task 1), as they are, "
                "named sick/train.tsv and sick/validation.tsv")  # fmt: skip
-_CONLL = Source("tner/conll2003", files={"train": ("dataset/train.json",), "validation": ("dataset/valid.json",)},
-                labels="dataset/label.json",
+_CONLL = Source("lhoestq/conll2003",
                 note="the text is under the licence of the Reuters Corpus; eng.train and eng.testa of the shared task work as "
                 "conll03/train.conll and conll03/validation.conll")  # fmt: skip
 _ONTONOTES = Source("tner/ontonotes5",
