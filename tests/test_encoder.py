@@ -53,6 +53,29 @@ def test_compiled_layers_share_four_graphs_and_agree_with_plain_ones():
     assert not counters["graph_break"]
 
 
+def test_training_curves_of_compiled_and_plain_runs_agree():
+    """With the compiler that training uses, over a schedule of steps."""
+    plain = model()
+    compiled = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    state_of(compiled).encoder.compile()
+    curves = []
+    for x in (plain, compiled):
+        optimizer = torch.optim.AdamW(x.parameters(), lr=1e-3)
+        losses = []
+        for step in range(1, 16):
+            sctd_ds.set_mode(x, "align" if step % 5 == 0 else "drop")
+            loss = x(**batch()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            sctd_ds.importance(x).update()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0][-1] < curves[0][0] - 0.5
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+
+
 def kept_for_backward(x, mode):
     """Bytes of distinct storages that a training forward keeps for its backward, parameters left out."""
     parameters = {p.untyped_storage().data_ptr() for p in x.parameters()}
