@@ -28,15 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from tqdm import tqdm
 
 import sctd_ds
 from benchmarks.harness import ROOT, commit
 from sctd_ds import metrics
-from sctd_ds.checkpoint import verify
 from sctd_ds.config import ConfigError, RunConfig, differences, load
+from sctd_ds.eval import EvalError
+from sctd_ds.eval.store import Model
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 
 # The paper's results by sweep: columns, and their values by variant. Figure 7 has no numbers.
@@ -237,7 +237,7 @@ def evaluate(run: Run, options: argparse.Namespace, timed: bool) -> None:
     if timed:
         config, _ = configured(run, options)
         for step in range(config.pretrain.save_every, config.pretrain.steps, config.pretrain.save_every):
-            models.append(f"{run.name}@{step}={export_point(folder, step, config)}")
+            models.append(f"{run.name}@{step}={export_point(folder, step)}")
     command = [*models, "--data-dir", str(options.data_dir), "--out", str(options.out / "eval"), "--seeds", "1",
                "--tasks", ",".join([*PROBES, *options.tasks]), *options.eval_arguments.split()]  # fmt: skip
     with (folder / "eval.md").open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
@@ -246,26 +246,24 @@ def evaluate(run: Run, options: argparse.Namespace, timed: bool) -> None:
         raise SystemExit(f"{run.name}: evaluation ended with status {status}")
 
 
-def export_point(folder: Path, step: int, config: RunConfig) -> Path:
+def export_point(folder: Path, step: int) -> Path:
     """A finished run's checkpoint as a Hugging Face folder, RUN/points/step_...; takes the checkpoint's place.
 
-    The weights are those that the forward pass used: in an fp16 run they are rounded, unlike those of RUN/model.
+    The weights are those that the forward pass used: in a 16-bit run they are rounded, unlike those of RUN/model.
     """
     name = f"step_{step:08d}"
     target, checkpoint = folder / "points" / name, folder / "checkpoints" / name
     if target.is_dir():
         return target
-    problem = verify(checkpoint)
-    if problem:
-        raise SystemExit(
-            f"{problem}. --points needs the checkpoints of a run that began with it: delete {folder}, or leave it out"
-        )
-    saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+    try:
+        weights, learned = Model(folder.name, str(folder / "model"), folder, checkpoint).read_checkpoint()
+    except (EvalError, OSError) as error:
+        raise SystemExit(f"--points needs the checkpoints of a run that began with it: {error}") from error
     model = transformers.AutoModelForMaskedLM.from_pretrained(folder / "model")
-    model.load_state_dict(saved["module"])
-    if config.sctd.method != "dense":  # so that the table is exported, too
-        sctd_ds.convert(model, config.sctd.model_copy(update={"keep_token_ids": []}))
-        sctd_ds.importance(model).load_state_dict(saved["sctd"]["importance"])
+    model.load_state_dict(weights)
+    if learned:  # a converted model's table is exported with it
+        sctd_ds.convert(model, sctd_ds.ScTDConfig(drop_ratio=learned.drop_ratio, keep_token_ids=[]))
+        sctd_ds.importance(model).load_state_dict({"scores": learned.scores})
     target.parent.mkdir(exist_ok=True)
     sctd_ds.export(model, target, transformers.AutoTokenizer.from_pretrained(folder / "model"))
     shutil.rmtree(checkpoint)

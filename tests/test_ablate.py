@@ -149,8 +149,7 @@ def test_a_sweep_is_scored_along_its_run(tmp_path, small_data, monkeypatch, caps
     assert "synthetic twins" in capsys.readouterr().out
 
     # The last checkpoint is the exported model, bit for bit, and so is the table.
-    settings, _ = ablate.configured(ablate.Run((), 0), ablation_options(out, config=config, points=2))
-    last = ablate.export_point(run, 8, settings)
+    last = ablate.export_point(run, 8)
     one, other = (AutoModelForMaskedLM.from_pretrained(folder).state_dict() for folder in (run / "model", last))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     tables = [read_importance(folder) for folder in (run / "model", last)]
@@ -162,5 +161,5 @@ def test_a_sweep_is_scored_along_its_run(tmp_path, small_data, monkeypatch, caps
     monkeypatch.setattr(ablate.subprocess, "run", None)
     assert ablate.main(command) == 0
     assert (out / "tables.md").read_text() == before
-    with pytest.raises(SystemExit, match=r"step_00000005.*--points needs the checkpoints"):
-        ablate.export_point(run, 5, settings)
+    with pytest.raises(SystemExit, match=r"--points needs the checkpoints.*step_00000005"):
+        ablate.export_point(run, 5)
