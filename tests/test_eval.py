@@ -95,6 +95,46 @@ def test_squad_v1_scorer():
     assert values == pytest.approx({"exact_match": 200 / 3, "f1": 100 * 2.5 / 3})
 
 
+def test_squad_v1_scorer_is_that_of_torchmetrics():
+    from torchmetrics.functional.text import squad
+
+    def theirs(gold: list[list[str]], predicted: list[str]) -> dict[str, float]:
+        answers = [{"text": texts, "answer_start": [0] * len(texts)} for texts in gold]
+        questions = [{"id": str(i), "answers": each} for i, each in enumerate(answers)]
+        guesses = [{"id": str(i), "prediction_text": text} for i, text in enumerate(predicted)]
+        return {name: float(value) for name, value in squad(guesses, questions).items()}
+
+    for gold, guess in (
+        (["The Eiffel Tower"], "eiffel tower!"), (["in 1889", "1889"], "1889"), (["a red fox"], "red dog"), (["an"], "the"),
+        (["x"], ""), (["U.S."], "us"), (["Straße"], "strasse"), (["no  space"], "nospace"), (["b b c"], "b c c"),
+    ):  # fmt: skip
+        assert scores.squad([gold], [guess]) == pytest.approx(theirs([gold], [guess]))
+    generator = random.Random(0)
+    words = ["the", "an", "A", "fox", "Fox.", "red", "red,", "dog's", "1889", "-", "“so”", "é", ""]
+
+    def text() -> str:
+        return " ".join(generator.choice(words) for _ in range(generator.randint(0, 5)))
+
+    values = []
+    for _ in range(40):
+        gold = [[text() for _ in range(generator.randint(1, 3))] for _ in range(10)]
+        predicted = [text() for _ in gold]
+        values.append(scores.squad(gold, predicted))
+        assert values[-1] == pytest.approx(theirs(gold, predicted), abs=1e-4)
+    assert np.mean([v["exact_match"] for v in values]) > 2 and np.mean([v["f1"] for v in values]) > 20  # not all of them wrong
+
+
+def test_squad_v2_counts_partial_answers_and_silence():
+    gold, predicted = [["red fox"], [], ["one"], []], ["red dog", "x", "one", "y"]
+    values = scores.squad(gold, predicted, no_answer=[-2.0, -1.0, 0.0, 1.0])
+    # At 0 the last is silent, and rightly: half of the first answer is right, nothing of the second, all of the third.
+    assert (values["exact_match"], values["f1"]) == (50, 62.5)
+    # Answering the first 0 to 4: exact 2, 2, 1, 2, 1 of 4; F1 2, 2.5, 1.5, 2.5, 1.5 of 4.
+    assert (values["best_exact_match"], values["best_f1"]) == (50, 62.5)
+    # Silent where an answer stands in the context counts nothing; an answer that is only an article is silence.
+    assert scores.squad([["one"], []], ["one", "the"], no_answer=[1.0, -1.0])["f1"] == 50
+
+
 def test_squad_v2_scorer_and_its_threshold():
     gold, predicted = [["x"], [], ["y"], []], ["x", "z", "y", "w"]
     values = scores.squad(gold, predicted, no_answer=[-3.0, -2.0, 1.0, 2.0])
