@@ -416,36 +416,52 @@ def _plot(sweep: str, variants: Mapping[str, Mapping[int, Outcome]], path: Path)
     }
     rows = {LOSS: "validation loss, all tokens"}
     rows |= {name: f"{name} (%)" for name in sorted(along) if name.startswith(("GLUE", "mean"))}
+    curves = {"seconds": ("training time", "seconds"), "dense_steps": ("operations", "operations, in steps of dense training")}
     figure = Figure(figsize=(16, 4.5 * len(rows)), layout="constrained")
-    for (end, *curves), (measure, label) in zip(figure.subplots(len(rows), 3, squeeze=False), rows.items(), strict=True):
+    for (end, *axes), (measure, label) in zip(figure.subplots(len(rows), 3, squeeze=False), rows.items(), strict=True):
         _plot_end(end, variants, measure)
-        end.set(ylabel=label, title=f"{sweep}: at the end, one point per seed")
-        for axis, x in zip(curves, ("seconds", "dense_steps"), strict=True):
-            for i, (name, by_seed) in enumerate(variants.items()):
-                for j, reached in enumerate(by_seed.values()):
-                    points = [(point[x], point[measure]) for point in reached.points if measure in point]
-                    axis.plot(*zip(*points, strict=True), color=f"C{i}", lw=1, marker=".", label=None if j else name)
-            axis.set(ylabel=label, title="against training time" if x == "seconds" else "against operations",
-                     xlabel="training time (s)" if x == "seconds" else "operations, in steps of dense training")  # fmt: skip
-        curves[0].legend(fontsize=7)
+        end.set(ylabel=label, title=f"{sweep}: at the end, by seed")
+        for axis, (x, (against, unit)) in zip(axes, curves.items(), strict=True):
+            _plot_curves(axis, variants, x, measure)
+            axis.set(ylabel=label, xlabel=unit, title=f"against {against}: seeds, and their mean")
+        axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
 def _plot_end(axis: Any, variants: Mapping[str, Mapping[int, Outcome]], measure: str) -> None:
-    """A place per variant. Variants of a number (lambda=0.05) get their mean as a curve, and the others become lines."""
-    ends = {name: [r.values[measure] for r in by_seed.values() if measure in r.values] for name, by_seed in variants.items()}
+    """A place per variant. Variants of a number (lambda=0.05) are joined seed by seed, and the others become lines.
+
+    Means are over the seeds that all variants have, so that they compare like with like.
+    """
+    ends = {name: {seed: reached.values[measure] for seed, reached in by_seed.items() if measure in reached.values}
+            for name, by_seed in variants.items()}  # fmt: skip
     ends = {name: values for name, values in ends.items() if values}
+    shared = set.intersection(*(set(values) for values in ends.values())) if ends else set()
+    mean = {name: statistics.fmean(values[seed] for seed in shared) for name, values in ends.items() if shared}
     numbered = [name for name in ends if "=" in name]
     places = numbered or [*ends]
     for i, (name, values) in enumerate(ends.items()):
         if name in places:
-            axis.plot([places.index(name)] * len(values), values, "o", color=f"C{i}")
-        else:
-            axis.axhline(statistics.fmean(values), color=f"C{i}", ls="--", label=f"{name}, mean")
-    if numbered:
-        axis.plot(range(len(places)), [statistics.fmean(ends[name]) for name in places], color="k", lw=1, label="mean")
+            axis.plot([places.index(name)] * len(values), [*values.values()], "o", color=f"C{i}")
+        elif shared:
+            axis.axhline(mean[name], color=f"C{i}", ls="--", label=f"{name}, mean")
+    if numbered and shared:
+        for seed in shared:
+            axis.plot(range(len(places)), [ends[name][seed] for name in places], color="0.8", lw=1, zorder=0)
+        axis.plot(range(len(places)), [mean[name] for name in places], color="k", lw=1.5, label="mean")
         axis.legend(fontsize=7)
-    axis.set_xticks(range(len(places)), places, rotation=20)
+    axis.set_xticks(range(len(places)), places, rotation=20, ha="right")
+
+
+def _plot_curves(axis: Any, variants: Mapping[str, Mapping[int, Outcome]], x: str, measure: str) -> None:
+    """A faint curve per seed, and the mean of the steps that all of a variant's seeds have."""
+    for i, (name, by_seed) in enumerate(variants.items()):
+        places = [{p["step"]: (p[x], p[measure]) for p in reached.points if measure in p} for reached in by_seed.values()]
+        for place in places:
+            axis.plot(*zip(*place.values(), strict=True), color=f"C{i}", lw=0.8, alpha=0.3)
+        steps = [step for step in places[0] if all(step in place for place in places)]
+        means = [[statistics.fmean(place[step][column] for place in places) for step in steps] for column in (0, 1)]
+        axis.plot(*means, color=f"C{i}", marker=".", label=name)
 
 
 if __name__ == "__main__":
