@@ -3,6 +3,7 @@
     python -m sctd_ds.eval runs/dense runs/sctd --suite glue --data-dir DIR --out eval/
     python -m sctd_ds.eval fetch --to DIR           on a connected machine: the data as Parquet, with SHA-256 sums
     python -m sctd_ds.eval twins --to DIR           synthetic stand-ins for all data, no network
+    python -m sctd_ds.eval bag-of-words --data-dir DIR    what a model must beat, by task
 
 What was measured is kept under --out; the same command continues, and more models or seeds add to it.
 """
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from sctd_ds import metrics
 from sctd_ds.data.sources import DataError, documents
-from sctd_ds.eval import analysis, finetune, report, sources, twins
+from sctd_ds.eval import analysis, baseline, finetune, report, sources, twins
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.store import Model, fingerprint, remember
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS, Task
@@ -34,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    command = {"fetch": _fetch, "twins": _twins}.get(arguments[0] if arguments else "", _evaluate)
+    command = {"fetch": _fetch, "twins": _twins, "bag-of-words": _bag_of_words}.get(
+        arguments[0] if arguments else "", _evaluate
+    )
     try:
         return command(arguments if command is _evaluate else arguments[1:])
     except (EvalError, DataError) as error:
@@ -94,12 +97,9 @@ class _Job:
 def _jobs(options: argparse.Namespace, models: list[Model]) -> list[_Job]:
     """Everything to measure, with all data read and checked before the first hour is spent."""
     suites = [*SUITES, "probe", "drift"] if "all" in options.suite else options.suite
-    unknown = [name for name in options.tasks or () if name not in TASKS and name not in PROBES]
-    if unknown:
-        raise EvalError(f"--tasks {','.join(unknown)}: unknown; there are {', '.join((*TASKS, *PROBES))}")
     names = dict.fromkeys(name for suite in suites for name in SUITES.get(suite, PROBES if suite == "probe" else ()))
     if options.tasks is not None:
-        names = dict.fromkeys(options.tasks)
+        names = dict.fromkeys(_known(options.tasks))
     return [
         *_fine_tunings(options, models, [TASKS[name] for name in names if name in TASKS]),
         *_probes(options, models, [name for name in names if name in PROBES]),
@@ -190,6 +190,35 @@ def _models(arguments: list[str]) -> list[Model]:
         known = run if (run / "metrics.jsonl").is_file() else None
         models.append(Model(name.replace("/", "--"), str(folder) if folder.is_dir() else path, known).check())
     return models
+
+
+def _bag_of_words(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sctd_ds.eval bag-of-words",
+        description="Score a bag of words on tasks and probes: what a model must beat.",
+    )
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="local data, asked before the local cache")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), default=[*TASKS, *PROBES], metavar="A,B")
+    options = parser.parse_args(arguments)
+    rows = []
+    for name in _known(options.tasks):
+        if name in TASKS:
+            task = TASKS[name]
+            found = baseline.bag_of_words(task, finetune.load_data(task, options.data_dir, hub=False))
+            shown = [metric for metric in dict.fromkeys((*task.metrics, "accuracy", "answerable")) if metric in found]
+            rows.append([task.title, ", ".join(f"{metric} {found[metric]:.1f}" for metric in shown) or "not asked"])
+        else:
+            accuracy = analysis.bag_of_words(sources.load_probe(name, options.data_dir))
+            rows.append([f"probe {name}", f"accuracy {accuracy:.1f}"])
+    print(report.table(["task", "bag of words"], rows))
+    return 0
+
+
+def _known(names: list[str]) -> list[str]:
+    unknown = [name for name in names if name not in TASKS and name not in PROBES]
+    if unknown:
+        raise EvalError(f"--tasks {','.join(unknown)}: unknown; there are {', '.join((*TASKS, *PROBES))}")
+    return names
 
 
 def _fetch(arguments: list[str]) -> int:

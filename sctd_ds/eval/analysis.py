@@ -206,8 +206,6 @@ def probe(model: Model, examples: Examples, seed: int = 0, max_train: int = 20_0
     examples: (label, sentence) by split: train, validation, test. Returns lists over the layers under "full_cls", "full_mean",
     "dropped_cls" and "dropped_mean", the accuracy of a bag of words under "bag_of_words", and `Opened.about`.
     """
-    from sklearn.feature_extraction.text import CountVectorizer
-
     generator = np.random.default_rng(seed)
     cut = {"train": max_train}
     parts = {}
@@ -226,10 +224,18 @@ def probe(model: Model, examples: Examples, seed: int = 0, max_train: int = 20_0
             linear_probe({split: embedded[split][key][i] for split in parts}, labels)
             for i in range(len(embedded["train"][key]))
         ]
-    bag = CountVectorizer(token_pattern=r"\S+")
-    bag.fit(text["train"])
-    result["bag_of_words"] = linear_probe({split: bag.transform(sentences) for split, sentences in text.items()}, labels)
+    result["bag_of_words"] = bag_of_words(parts)
     return result
+
+
+def bag_of_words(examples: Examples) -> float:
+    """Test accuracy (%) of a linear probe on the counts of words. examples: (label, sentence) by split."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    text = {split: [sentence for _, sentence in rows] for split, rows in examples.items()}
+    bag = CountVectorizer(token_pattern=r"\S+").fit(text["train"])
+    counts = {split: bag.transform(sentences) for split, sentences in text.items()}
+    return linear_probe(counts, {split: [label for label, _ in rows] for split, rows in examples.items()})
 
 
 def linear_probe(features: dict[str, Any], labels: dict[str, list[str]]) -> float:

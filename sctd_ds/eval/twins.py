@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sctd_ds.eval.tasks import PROBES, TASKS
-from sctd_ds.grammar import PAST_ADVERBS, PRESENT_ADVERBS, SPLITS, Event, Language, Phrase, Random, be
+from sctd_ds.grammar import KINDS, PAST_ADVERBS, PRESENT_ADVERBS, SPLITS, Event, Language, Phrase, Random, be, pick
 
 Row = dict[str, Any]
 Maker = Callable[[Language, Random, int], Row]
@@ -126,21 +126,21 @@ def _sick(language: Language, draw: Random, i: int) -> Row:
 
 
 def _nli(language: Language, draw: Random, relation: str) -> tuple[str, str]:
-    """Entailed: a paraphrase, or the agent's kind. Contradicted: it is denied. Neutral: said or denied of another event."""
+    """A premise, said or denied, and a hypothesis, mostly of the same words.
+
+    Entailed: the same, paraphrased, or of the agent's kind. Contradicted: the opposite, or of another kind. Neutral: said or
+    denied, mostly as the premise is, of exchanged roles.
+    """
     event = language.event(draw, adjective=0.0)
-    if relation == "neutral":
-        other = language.event(draw, past=event.past, adjective=0.0)
-        new = dataclasses.replace(event, verb=other.verb, patient=other.patient)
-        # Denied as often as not, so that "not" alone does not tell a contradiction.
-        return event.active() + " .", _denied(new) if draw() < 0.5 else _paraphrase(language, draw, new)
-    statement = _paraphrase(language, draw, event)
-    if relation == "entailment":
-        if draw() < 0.3:
-            plural, kind = event.agent.plural, event.agent.noun.kind
-            agent = f"{kind}s" if plural else f"a {kind}"
-            statement = f"{agent} {event.verb.form(event.past, plural)} {event.patient} ."
-        return event.active() + " .", statement
-    return event.active() + " .", _denied(event)
+    agent, entailed = event.agent, relation == "entailment"
+    if relation != "neutral" and draw() < 0.4:
+        kind = pick([kind for kind in KINDS if (kind == agent.noun.kind) == entailed], draw)
+        named = f"{kind}s" if agent.plural else f"a {kind}"
+        return event.active() + " .", f"{named} {event.verb.form(event.past, agent.plural)} {event.patient} ."
+    denied = draw() < 0.4
+    said, same = (event, entailed) if relation != "neutral" else (_swapped(event), draw() < 0.8)
+    hypothesis = _denied(said) if denied == same else _paraphrase(language, draw, said)
+    return _denied(event) if denied else event.active() + " .", hypothesis
 
 
 def _denied(event: Event) -> str:
@@ -148,7 +148,7 @@ def _denied(event: Event) -> str:
 
 
 def _rte(language: Language, draw: Random, i: int) -> Row:
-    relation = "entailment" if i % 2 == 0 else "neutral" if draw() < 0.5 else "contradiction"
+    relation = "entailment" if i % 2 == 0 else "neutral" if draw() < 0.75 else "contradiction"
     one, two = _nli(language, draw, relation)
     return {"sentence1": one, "sentence2": two, "label": i % 2, "idx": i}
 
@@ -200,11 +200,14 @@ def _multirc(language: Language, draw: Random, i: int) -> Row:
 
 
 def _copa(language: Language, draw: Random, i: int) -> Row:
-    """What an event brings about, or what brought it about; documents tell ("... because ...")."""
+    """What an event brings about, or what brought it about; documents tell ("... because ...").
+
+    The wrong choice is drawn as the right one is, so that no verb is right more often than another.
+    """
     cause = language.event(draw, place=0.0, adjective=0.0)
     effect = language.verb_of(cause.verb.effect, draw)
     wrong = cause.verb
-    while wrong.meaning in (cause.verb.meaning, effect.meaning) or wrong.effect == effect.meaning:
+    while wrong.meaning in (cause.verb.meaning, effect.meaning) or wrong.effect == cause.verb.meaning:
         wrong = language.event(draw).verb
 
     def happened(verb: Any) -> str:
@@ -215,7 +218,9 @@ def _copa(language: Language, draw: Random, i: int) -> Row:
 
     asks_cause = draw() < 0.5
     premise, right, other = (
-        (happened(effect), did(cause.verb), did(wrong)) if asks_cause else (did(cause.verb), happened(effect), happened(wrong))
+        (happened(effect), did(cause.verb), did(wrong))
+        if asks_cause
+        else (did(cause.verb), happened(effect), happened(language.verb_of(wrong.effect, draw)))
     )
     choices = (right, other) if i % 2 == 0 else (other, right)
     return {"premise": premise, "choice1": choices[0], "choice2": choices[1],
@@ -223,19 +228,15 @@ def _copa(language: Language, draw: Random, i: int) -> Row:
 
 
 def _squad(language: Language, draw: Random, i: int, answerable: bool = True) -> Row:
-    """Who did it, in the passive; the answer is the agent, as it stands in the story, where the story tells it."""
+    """Who did it; the answer is the agent, as it stands in the story. Where there is none, it was the other way round."""
     told = _story(language, draw, 4)
     event = told[int(draw() * 4)]
     context = _tell(told)
-    verb = event.verb
-    if not answerable:
-        while any(verb.meaning == e.verb.meaning for e in told):
-            verb = language.event(draw).verb
-    sentence = f"{event.active()} ."
-    text = str(event.agent)
+    asked = event.patient if answerable else event.agent
+    sentence, text = f"{event.active()} .", str(event.agent)
     answers = {"text": [text], "answer_start": [context.index(sentence)]} if answerable else {"text": [], "answer_start": []}
     return {"id": f"{i:06d}", "title": language.place(draw), "context": context,
-            "question": f"who {verb.form(event.past, False)} {event.patient} ?", "answers": answers}  # fmt: skip
+            "question": f"who {event.verb.form(event.past, False)} {asked} ?", "answers": answers}  # fmt: skip
 
 
 def _squad_v2(language: Language, draw: Random, i: int) -> Row:
