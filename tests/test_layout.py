@@ -10,14 +10,17 @@ from conftest import ROOT
 
 # What each module of sctd_ds may import of ours, at import time. Later ones build on earlier ones; there are no cycles.
 ORDER = [
-    "config", "schedule", "importance", "adapters", "labels", "encoder", "objective", "validation", "engine", "pipeline", "huggingface",
-    "checkpoint", "metrics", "probe", "report", "data", "apex", "job", "recipes", "trainer",
+    "config", "schedule", "importance", "adapters", "labels", "encoder", "objective", "validation", "engine", "pipeline",
+    "huggingface", "checkpoint", "metrics", "probe", "report", "data", "apex", "job", "recipes", "trainer",
 ]  # fmt: skip
+# Evaluation is a reader of finished models: it has an order of its own, and of the rest it knows these alone.
+EVAL_ORDER = "tasks scores sources store twins baseline finetune analysis report __init__ __main__".split()
+EVAL_NEEDS = {"config", "encoder", "huggingface", "metrics", "data", "grammar"}
 
 
-def imports(path) -> set[str]:
-    """Top-level imports of ours in a file: "config", "sctd_kernels", ..."""
-    found = set()
+def imports(path, package: str = "sctd_ds") -> set[str]:
+    """Top-level imports of ours in a file: the modules of `package` ("config", ...), and "sctd_kernels" and the like."""
+    found, depth = set(), package.count(".") + 1
     for node in ast.parse(path.read_text()).body:
         names = []
         if isinstance(node, ast.Import):
@@ -26,8 +29,8 @@ def imports(path) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             parts = name.split(".")
-            if parts[0] == "sctd_ds":
-                found.add(parts[1] if len(parts) > 1 else "sctd_ds")
+            if name == package or name.startswith(package + "."):
+                found.add(parts[depth] if len(parts) > depth else package)
             elif parts[0] in ("sctd_kernels", "benchmarks", "pretrain"):
                 found.add(parts[0])
     return found
@@ -41,7 +44,20 @@ def test_modules_import_only_what_stands_before_them(module):
         assert imports(file) <= allowed | {module}, file
 
 
-def test_data_imports_nothing_else_of_ours_and_kernels_nothing_at_all():
+def test_every_module_has_its_place():
+    found = {path.stem for path in (ROOT / "sctd_ds").iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert found - {"__init__", "__pycache__"} == {*ORDER, "grammar", "eval"}
+    assert {path.stem for path in (ROOT / "sctd_ds" / "eval").glob("*.py")} == set(EVAL_ORDER)
+
+
+def test_evaluation_reads_models_and_its_modules_stand_in_order():
+    for file in (ROOT / "sctd_ds" / "eval").glob("*.py"):
+        assert imports(file) <= EVAL_NEEDS | {"eval"}, file
+        assert imports(file, "sctd_ds.eval") <= set(EVAL_ORDER[: EVAL_ORDER.index(file.stem)]), file
+
+
+def test_data_and_the_grammar_import_nothing_else_of_ours_and_kernels_nothing_at_all():
+    assert not imports(ROOT / "sctd_ds" / "grammar.py")
     for file in (ROOT / "sctd_ds" / "data").glob("*.py"):
         assert imports(file) <= {"data"}, file
     for file in (ROOT / "kernels" / "sctd_kernels").glob("*.py"):
@@ -51,10 +67,12 @@ def test_data_imports_nothing_else_of_ours_and_kernels_nothing_at_all():
 
 def test_importing_the_package_is_light():
     code = (
-        "import sys, sctd_ds; print([m for m in ('deepspeed', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])"
+        "import sys, sctd_ds; heavy = {'deepspeed', 'datasets', 'sklearn', 'matplotlib'};"
+        "print(sorted((heavy | {'transformers'}) & sys.modules.keys()));"
+        "import sctd_ds.eval.__main__; print(sorted(heavy & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split() == ["[]", "[]"]
 
 
 def test_the_name_kernels_stays_hugging_faces(tmp_path):

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from sctd_ds.eval.tasks import SUITES, TASKS
+
 
 def classification(gold: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
     """accuracy, f1 (of class 1 where there are two classes), macro_f1, mcc."""
@@ -120,8 +122,6 @@ def average(scores: Mapping[str, Mapping[str, float]], metrics: Mapping[str, Seq
 
 def glue_average(scores: Mapping[str, Mapping[str, float]]) -> float | None:
     """The paper's GLUE average: accuracy and F1, Pearson and Spearman, matched and mismatched each count half."""
-    from sctd_ds.eval.tasks import SUITES, TASKS
-
     return average(scores, {name: TASKS[name].metrics for name in SUITES["glue"]})
 
 
