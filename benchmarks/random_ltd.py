@@ -5,6 +5,7 @@ Each dropping layer gathers its own random tokens, runs on them alone, and puts 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -16,21 +17,18 @@ from transformers.models.bert.modeling_bert import BertLayer
 from sctd_ds.schedule import LayerPlan
 
 
-class Unavailable(RuntimeError):
-    """random-LTD cannot run here; the message says why in one line."""
+@functools.cache
+def unavailable() -> str | None:
+    """Why random-LTD cannot run in this process, in a line; None: it can.
 
-
-def load() -> Any:
-    """DeepSpeed's module of random-LTD functions, its CUDA operators loaded; on first use nvcc compiles them.
-
-    Raises Unavailable without a CUDA device, a compiler or the CUDA toolkit.
+    The first call loads DeepSpeed's CUDA operators, which nvcc compiles if it has not yet.
     """
     try:
         dropping_utils.random_ltd_module = dropping_utils.RandomLTDBuilder().load(verbose=False)
     except Exception as error:  # every step of finding compilers and compiling raises a type of its own
         reason = str(error).strip() or type(error).__name__
-        raise Unavailable(f"random-LTD's CUDA operators: {reason.splitlines()[0][:160]}") from error
-    return dropping_utils
+        return f"random-LTD's CUDA operators: {reason.splitlines()[0][:160]}"
+    return None
 
 
 def settings(layers: int) -> dict[str, Any]:

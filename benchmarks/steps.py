@@ -191,10 +191,7 @@ class Trainer:
         if variant.model == "random-LTD":
             if self.engine is None:
                 return "random-LTD works inside DeepSpeed's engine only"
-            try:
-                random_ltd.load()
-            except random_ltd.Unavailable as error:
-                return str(error)
+            return random_ltd.unavailable()
         return None
 
     def choose(self, variant: Variant, case: Case) -> None:

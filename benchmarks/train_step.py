@@ -282,7 +282,8 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         phase, model, length, batch = panel
         chosen = [row for row in measured if (row["phase"], row["model"], row["length"], row["batch"]) == panel]
         names, ms = [row["variant"] for row in chosen], [row["ms"] for row in chosen]
-        spread = [[row["ms"] - row["ms_p20"] for row in chosen], [row["ms_p80"] - row["ms"] for row in chosen]]
+        # A mean, as that of "spread", may lie outside of the percentiles.
+        spread = [[max(0, sign * (row["ms"] - row[end])) for row in chosen] for sign, end in ((1, "ms_p20"), (-1, "ms_p80"))]
         colors = ["tab:blue" if BY_NAME[name].ours else "tab:gray" for name in names]
         axis.bar_label(axis.barh(names, ms, xerr=spread, color=colors), fmt="%.1f", padding=3, fontsize=8)
         time_of = dict(zip(names, ms, strict=True))

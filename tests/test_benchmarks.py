@@ -14,7 +14,7 @@ import torch
 from deepspeed.ops.random_ltd import dropping_utils
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from benchmarks import profiling, steps, table5, train_step
+from benchmarks import kernels, profiling, random_ltd, steps, table5, train_step
 from benchmarks.steps import ALIGN, BY_NAME, HUGGING_FACE, RANDOM_LTD, SEPARATE, VARIANTS, Case, Setup, Trainer
 from benchmarks.train_step import Measured
 from sctd_ds.encoder import state_of
@@ -31,6 +31,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about what i
 @pytest.fixture(autouse=True)
 def toy(monkeypatch) -> None:
     monkeypatch.setitem(steps.MODELS, "small", TOY)
+    random_ltd.unavailable.cache_clear()
 
 
 @pytest.fixture
@@ -171,6 +172,17 @@ def test_where_random_ltd_cannot_be_compiled_its_row_says_why(setup, monkeypatch
     assert all(len(results["dense"].ms) == 4 for results in found.values())
 
 
+@without_gpu
+def test_the_kernels_are_compared_without_random_ltd_where_it_cannot_run(capsys):
+    assert kernels.load_random_ltd() is None
+    assert capsys.readouterr().out.startswith("random-LTD is left out: random-LTD's CUDA operators: ")
+
+
+def test_the_kernels_are_compared_with_random_ltd_where_it_runs(torch_operators):
+    assert kernels.load_random_ltd() is dropping_utils
+    assert dropping_utils.random_ltd_module is TorchOperators
+
+
 def test_every_row_of_a_spread_step_is_aligned_once_per_interval(setup):
     trainer = Trainer("small", setup)
     trainer.choose(BY_NAME["spread"], CASE)
@@ -302,6 +314,15 @@ def test_running_out_of_memory_costs_one_row(setup, monkeypatch):
     rows = train_step.step_rows(CASE, "engine", setup, results)
     assert "out of memory" in train_step.table(rows)
     trainer.close()
+
+
+def test_a_few_slow_steps_do_not_keep_the_figure_from_being_drawn(setup, tmp_path):
+    """The mean of "spread" then lies above its 80th percentile."""
+    results = {"dense": Measured([1.0] * 10), "spread": Measured([1.0] * 9 + [90.0])}
+    rows = train_step.step_rows(CASE, "bare", setup, results)
+    assert rows[1]["ms"] > rows[1]["ms_p80"]
+    train_step.plot(tmp_path / "figure.png", rows, "title")
+    assert (tmp_path / "figure.png").stat().st_size > 5_000
 
 
 def test_time_budget_leaves_rows_that_say_so(setup, tmp_path):
