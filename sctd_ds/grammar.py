@@ -267,23 +267,7 @@ def _split_of(lemma: int) -> Split:
 
 def _words(generator: random.Random) -> Callable[[], str]:
     """Pronounceable words, each given out once, none ending like an inflected form or equal to a function word."""
-    seen = {
-        "the",
-        "near",
-        "behind",
-        "beside",
-        "with",
-        "once",
-        "long",
-        "ago",
-        "now",
-        "today",
-        "these",
-        "days",
-        "they",
-        "she",
-        "it",
-    }
+    seen = set("the near behind beside with once long ago now today these days they she it".split())
     onsets, vowels, codas = (
         "b br d dr f g gl k kl l m n p pl r s sk t tr v z".split(),
         "aeiou",

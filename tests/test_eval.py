@@ -588,7 +588,6 @@ def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_
     own = Model("own", str(sctd_ds.export(network, tmp_path / "own", tokenizer)))
     opened = analysis.open_model(own)
     rows = analysis.windows(opened, texts, 32, 8)
-    analysis.estimate_importance(opened, rows)  # has no need to
     assert torch.equal(opened.state.importance.scores, sctd_ds.importance(network).scores)
     _, dropped, selection = analysis.passes(opened, rows[0])
     scores = opened.state.importance.scores[rows[0]].index_fill(1, torch.tensor([0]), torch.inf)
@@ -596,7 +595,7 @@ def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_
     assert dropped[2].shape[1] == 24 and torch.equal(selection.kept.long(), expected)
     moved = {m.name: analysis.drift(m, texts, length=32, count=8) for m in (own, Model("other", str(model_folder)))}
     assert moved["own"]["about"]["importance"] == "learned" and moved["other"]["about"]["importance"] == "estimated"
-    told = report.tables_used(moved, ["own", "other"])
+    told = report.tables_used(moved)
     assert "own 25% by the table of its own run; other 50% by a table estimated" in told
     (tmp_path / "own" / "importance.safetensors").write_bytes(b"")
     with pytest.raises(EvalError, match=r"importance\.safetensors"):

@@ -25,7 +25,6 @@ from sctd_ds.config import ScTDConfig
 from sctd_ds.encoder import ScTD, Selection, convert, state_of
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.store import Model
-from sctd_ds.huggingface import read_importance
 
 DROPPED = 0.5  # share of the tokens, where the model's folder does not say
 MASKED = 0.15  # share of the tokens, as in pretraining
@@ -66,12 +65,11 @@ def open_model(model: Model) -> Opened:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
     network: Any = transformers.AutoModelForMaskedLM.from_pretrained(model.path)
     pinned = [i for i in (getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask")) if i is not None]
+    weights, learned = model.read_checkpoint() if model.checkpoint else (None, model.read_importance())
+    if weights:
+        network.load_state_dict(weights)
+    ratio = learned.drop_ratio if learned else DROPPED
     try:
-        learned = read_importance(model.path)
-        if model.checkpoint:
-            weights, learned = model.read_checkpoint()
-            network.load_state_dict(weights)
-        ratio = learned.drop_ratio if learned else DROPPED
         convert(network, ScTDConfig(method="token_drop", drop_ratio=ratio, keep_token_ids=pinned))
         if learned:
             state_of(network).importance.load_state_dict({"scores": learned.scores})
@@ -119,12 +117,10 @@ def passes(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Sel
 
 @torch.no_grad()
 def estimate_importance(opened: Opened, rows: Sequence[Tensor], seed: int = 0, rounds: int = 4) -> None:
-    """Fill the table of a model that brought none from the full pass's masked-LM losses. rows: batches of ids [B, S].
+    """Fill the importance table from the full pass's masked-LM losses. rows: batches of ids [B, S].
 
     rounds: how often each row is masked anew. Ids that are never masked keep the start value: unknown, so important.
     """
-    if opened.table == "learned":
-        return
     importance, adapter = opened.state.importance, opened.state.adapter
     importance.to(opened.device)
     generator = torch.Generator().manual_seed(seed)
@@ -216,7 +212,8 @@ def probe(model: Model, examples: Examples, seed: int = 0, max_train: int = 20_0
     text = {split: [sentence for _, sentence in rows] for split, rows in parts.items()}
 
     opened = open_model(model)
-    estimate_importance(opened, [ids for _, ids in by_length(opened, text["train"][:2000])], seed)
+    if opened.table == "estimated":
+        estimate_importance(opened, [ids for _, ids in by_length(opened, text["train"][:2000])], seed)
     embedded = {split: embed(opened, sentences) for split, sentences in text.items()}
     result: dict[str, Any] = {"about": opened.about()}
     for key in embedded["train"]:
@@ -266,7 +263,8 @@ def drift(model: Model, texts: Sequence[str], sentence_encoder: str | None = Non
     opened = open_model(model)
     length = min(length, opened.network.config.max_position_embeddings)
     rows = windows(opened, texts, length, count)
-    estimate_importance(opened, rows, seed)
+    if opened.table == "estimated":
+        estimate_importance(opened, rows, seed)
     encoder = SentenceEncoder(sentence_encoder, opened.device) if sentence_encoder else None
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Any] = {}

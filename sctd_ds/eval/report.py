@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from sctd_ds.eval import scores
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 
 Cell = str | float | None
+Scores = Mapping[str, Any]
+"""What `analysis` found of one model."""
 
 # The paper's figures (dev scores, mean of 5 seeds; BERT-base and -large, 250K steps), in the order of our columns.
 PAPER_GLUE = {
@@ -58,7 +60,8 @@ def write(folder: Path, models: Sequence[str], recorded: Mapping[str, list[dict[
 
     recorded: what the models' runs wrote to metrics.jsonl, by model.
     """
-    records = [record for record in read(folder) if record["model"] in models]
+    folder.mkdir(parents=True, exist_ok=True)
+    records = sorted((r for r in read(folder) if r["model"] in models), key=lambda r: models.index(r["model"]))
     tuned = [record for record in records if record["task"] in TASKS]
     synthetic = any(record.get("data") == "twins" for record in records)
     parts = ["# Evaluation", *_remarks(tuned)]
@@ -66,47 +69,46 @@ def write(folder: Path, models: Sequence[str], recorded: Mapping[str, list[dict[
         parts.append("**The data are synthetic twins, not the data sets they are named after**: the paper's rows are left out.")
     for title, (columns, averaged, paper) in TABLES.items():
         if any(record["task"] == task for record in tuned for task, _ in columns):
-            shown = {} if synthetic else paper
-            parts += [f"## {title}", table(*score_table(tuned, models, columns, averaged, shown))]
+            parts += [f"## {title}", table(*score_table(tuned, models, columns, averaged, {} if synthetic else paper))]
     for task in PROBES:
-        found = {r["model"]: r["scores"] for r in records if r["task"] == f"probe-{task}"}
-        if found:
-            parts += [f"## Probing: {task} (Figures 4 and 8)", tables_used(found, models)]
-            parts += [table(*probe_table(found, models)), f"![]({task}.png)"]
-            _plot_probe(found, models, task, folder / f"{task}.png")
-    drifted = {r["model"]: r["scores"] for r in records if r["task"] == "drift" and r.get("step") is None}
-    if drifted:
-        parts += ["## Semantic drift (Figure 3)", tables_used(drifted, models)]
-        parts += [table(*drift_table(drifted, models)), "![](drift.png)"]
-        _plot_drift(drifted, models, folder / "drift.png")
-    history = {
-        model: {r["step"]: r["scores"] for r in records if r["model"] == model and r.get("step") is not None}
-        for model in models
-    }
-    history = {model: dict(sorted(steps.items())) for model, steps in history.items() if steps}
+        if found := {r["model"]: r["scores"] for r in records if r["task"] == f"probe-{task}"}:
+            parts += [f"## Probing: {task} (Figures 4 and 8)", tables_used(found)]
+            parts += [table(*probe_table(found)), f"![]({task}.png)"]
+            _plot_probe(found, task, folder / f"{task}.png")
+    drifted = [record for record in records if record["task"] == "drift"]
+    if found := {r["model"]: r["scores"] for r in drifted if r["step"] is None}:
+        parts += ["## Semantic drift (Figure 3)", tables_used(found), table(*drift_table(found)), "![](drift.png)"]
+        _plot_drift(found, folder / "drift.png")
+    history: dict[str, dict[int, Scores]] = {}
+    for record in sorted((r for r in drifted if r["step"] is not None), key=lambda r: r["step"]):
+        history.setdefault(record["model"], {})[record["step"]] = record["scores"]
     if history:
-        parts += ["## Semantic drift at the checkpoints of the runs", table(*history_table(history)), "![](drift_steps.png)"]
+        told = tables_used({model: next(iter(steps.values())) for model, steps in history.items()})
+        parts += ["## Semantic drift at the checkpoints of the runs", told, table(*history_table(history))]
+        parts.append("![](drift_steps.png)")
         _plot_history(history, folder / "drift_steps.png")
-    validated = {model: [r for r in lines if r["event"] == "validation"] for model, lines in (recorded or {}).items()}
-    validated = {model: lines for model, lines in validated.items() if lines}
-    if validated:
+    validations = {model: [r for r in lines if r["event"] == "validation"] for model, lines in (recorded or {}).items()}
+    if any(validations.values()):
         parts += ["## As the runs recorded it", "![](curves.png)"]
-        _plot_curves(validated, folder / "curves.png")
+        _plot_curves(validations, folder / "curves.png")
     text = "\n\n".join(parts) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(text, encoding="utf-8")
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    _write_csv(records, folder / "results.csv")
+    return text
+
+
+def _write_csv(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A line per number; those of a list are numbered by layer."""
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["model", "step", "task", "metric", "layer", "seed", "value", "device", "torch", "transformers"])
-        for record in records:
-            for metric, value in record["scores"].items():
+        for r in records:
+            for metric, value in r["scores"].items():
                 if metric == "about":
                     continue
                 for layer, x in enumerate(value, 1) if isinstance(value, list) else [("", value)]:
-                    writer.writerow([record["model"], record.get("step"), record["task"], metric, layer,
-                                     record["settings"].get("seed"), x, record["device"], record["torch"],
-                                     record["transformers"]])  # fmt: skip
-    return text
+                    writer.writerow([r["model"], r.get("step"), r["task"], metric, layer, r["settings"].get("seed"), x,
+                                     r["device"], r["torch"], r["transformers"]])  # fmt: skip
 
 
 def by_seed(records: Sequence[Mapping[str, Any]], model: str, task: str, metric: str) -> dict[int, float]:
@@ -170,58 +172,49 @@ def score_table(records: Sequence[Mapping[str, Any]], models: Sequence[str], col
     return header, rows
 
 
-def probe_table(found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> tuple[list[str], list[list[Cell]]]:
-    layers = max(len(found[model]["full_cls"]) for model in models if model in found)
+def probe_table(found: Mapping[str, Scores]) -> tuple[list[str], list[list[Cell]]]:
+    """A row per model, pass and pooling: the accuracy at each layer; and one for the bag of words."""
     rows: list[list[Cell]] = []
-    for model in models:
-        for key in ("full_cls", "dropped_cls", "full_mean", "dropped_mean") if model in found else ():
+    for model, values in found.items():
+        for key in ("full_cls", "dropped_cls", "full_mean", "dropped_mean"):
             view, pooling = key.split("_")
-            rows.append([model, f"{view}, {'[CLS]' if pooling == 'cls' else 'mean'}", *(f"{x:.1f}" for x in found[model][key])])
-        if model in found:
-            rows.append([model, "bag of words", f"{found[model]['bag_of_words']:.1f}"])
+            rows.append([model, f"{view}, {'[CLS]' if pooling == 'cls' else 'mean'}", *(f"{x:.1f}" for x in values[key])])
+        rows.append([model, "bag of words", f"{values['bag_of_words']:.1f}"])
+    layers = max(len(values["full_cls"]) for values in found.values())
     return ["model", "pass, pooling", *(f"layer {i}" for i in range(1, layers + 1))], rows
 
 
-def drift_table(found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> tuple[list[str], list[list[Cell]]]:
-    header = [
-        "model",
-        "text: masked",
-        "text: masked and dropped",
-        "[CLS], layer l-1",
-        "[CLS], layer l",
-        "mean, layer l-1",
-        "mean, layer l",
+TEXTS = {"masked": "text: masked", "masked_and_dropped": "text: masked and dropped"}
+
+
+def drift_table(found: Mapping[str, Scores]) -> tuple[list[str], list[list[Cell]]]:
+    """A row per model: cosines of the texts' embeddings, where an encoder was given, and of the last two layers."""
+    header = ["model", *TEXTS.values(), "[CLS], layer l-1", "[CLS], layer l", "mean, layer l-1", "mean, layer l"]
+    return header, [
+        [model, *_cosines([*map(values.get, TEXTS), *values["layer_cls"][-2:], *values["layer_mean"][-2:]])]
+        for model, values in found.items()
     ]
-    rows: list[list[Cell]] = []
-    for model in models:
-        if model in found:
-            values = found[model]
-            numbers = [
-                values.get("masked"),
-                values.get("masked_and_dropped"),
-                *values["layer_cls"][-2:],
-                *values["layer_mean"][-2:],
-            ]
-            rows.append([model, *(None if x is None else f"{x:.4f}" for x in numbers)])
-    return header, rows
 
 
-def history_table(history: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> tuple[list[str], list[list[Cell]]]:
-    """A row per checkpoint: the cosine of the passes' [CLS] after each layer, and of the texts where an encoder was given."""
-    layers = max(len(found["layer_cls"]) for steps in history.values() for found in steps.values())
-    header = ["model", "step", "text: masked", "text: masked and dropped", *(f"[CLS], layer {i}" for i in range(1, layers + 1))]
-    rows: list[list[Cell]] = []
-    for model, steps in history.items():
-        for step, found in steps.items():
-            numbers = [found.get("masked"), found.get("masked_and_dropped"), *found["layer_cls"]]
-            rows.append([model, str(step), *(None if x is None else f"{x:.4f}" for x in numbers)])
-    return header, rows
+def history_table(history: Mapping[str, Mapping[int, Scores]]) -> tuple[list[str], list[list[Cell]]]:
+    """A row per checkpoint: cosines of the texts' embeddings, where an encoder was given, and of [CLS] after each layer."""
+    rows: list[list[Cell]] = [
+        [model, str(step), *_cosines([*map(values.get, TEXTS), *values["layer_cls"]])]
+        for model, steps in history.items()
+        for step, values in steps.items()
+    ]
+    layers = max(map(len, rows)) - 4
+    return ["model", "step", *TEXTS.values(), *(f"[CLS], layer {i}" for i in range(1, layers + 1))], rows
 
 
-def tables_used(found: Mapping[str, Mapping[str, Any]], models: Sequence[str]) -> str:
+def _cosines(values: Sequence[float | None]) -> list[Cell]:
+    return [None if x is None else f"{x:.4f}" for x in values]
+
+
+def tables_used(found: Mapping[str, Scores]) -> str:
     """A sentence: by which importance table each model dropped which share of its tokens."""
     source = {"learned": "the table of its own run", "estimated": "a table estimated from its losses on this text"}
-    about = {model: found[model]["about"] for model in models if model in found}
+    about = {model: values["about"] for model, values in found.items()}
     said = [f"{model} {a['drop_ratio']:.0%} by {source[a['importance']]}" for model, a in about.items()]
     return f"Tokens dropped: {'; '.join(said)}."
 
@@ -248,80 +241,74 @@ def _remarks(tuned: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _figure(columns: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * columns, 4), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, list(axes)
-
-
-def _plot_probe(found: Mapping[str, Mapping[str, Any]], models: Sequence[str], task: str, path: Path) -> None:
+def _plot_probe(found: Mapping[str, Scores], task: str, path: Path) -> None:
     figure, axes = _figure(2)
     for axis, pooling in zip(axes, ("cls", "mean"), strict=True):
-        for color, model in enumerate(model for model in models if model in found):
+        for color, (model, values) in enumerate(found.items()):
             for view, style in (("full", "-"), ("dropped", "--")):
-                values = found[model][f"{view}_{pooling}"]
-                axis.plot(
-                    range(1, len(values) + 1), values, style, marker="o", ms=3, color=f"C{color}", label=f"{model}, {view}"
-                )
+                _line(axis, enumerate(values[f"{view}_{pooling}"], 1), style, color=f"C{color}", label=f"{model}, {view}")
         any_model = next(iter(found.values()))
         first, last = any_model["about"]["dropped_layers"]
         axis.axhline(any_model["bag_of_words"], color="k", lw=0.8, ls=":", label="bag of words")
         axis.axvspan(first - 0.5, last + 0.5, color="0.9", zorder=0)
         axis.set(title=f"{task}, {'[CLS]' if pooling == 'cls' else 'mean'}", xlabel="layer (grey: without dropped tokens)",
                  ylabel="probe accuracy (%)")  # fmt: skip
-        axis.legend(fontsize=7, loc="lower left")
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
-def _plot_drift(found: Mapping[str, Mapping[str, Any]], models: Sequence[str], path: Path) -> None:
+def _plot_drift(found: Mapping[str, Scores], path: Path) -> None:
     figure, axes = _figure(2)
     for axis, key, title in zip(axes, ("layer_cls", "layer_mean"), ("[CLS]", "mean of the kept positions"), strict=True):
-        for model in (model for model in models if model in found):
-            values = found[model][key]
-            axis.plot(range(1, len(values) + 1), values, marker="o", ms=3, label=model)
+        for model, values in found.items():
+            _line(axis, enumerate(values[key], 1), label=model)
         axis.set(title=f"Full against dropped pass, {title}", xlabel="layer", ylabel="cosine")
-        axis.legend(fontsize=8, loc="lower left")
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
-def _plot_history(history: Mapping[str, Mapping[int, Mapping[str, Any]]], path: Path) -> None:
+def _plot_history(history: Mapping[str, Mapping[int, Scores]], path: Path) -> None:
     """Over the steps: the cosine of the passes' [CLS], a panel per model and a line for each layer in which they differ; then,
     where a sentence encoder was given, Figure 3's curves.
     """
-    texts = {model: steps for model, steps in history.items() if all("masked" in found for found in steps.values())}
-    figure, axes = _figure(len(history) + bool(texts))
-    for axis, (model, steps) in zip(axes, history.items(), strict=False):
+    texts = any(key in values for steps in history.values() for values in steps.values() for key in TEXTS)
+    figure, axes = _figure(len(history) + texts)
+    for color, (axis, (model, steps)) in enumerate(zip(axes, history.items(), strict=False)):
         first, last = next(iter(steps.values()))["about"]["dropped_layers"]
         for i in range(first, last + 1):
-            axis.plot(
-                list(steps), [found["layer_cls"][i] for found in steps.values()], marker="o", ms=3, label=f"layer {i + 1}"
-            )
+            _line(axis, ((step, values["layer_cls"][i]) for step, values in steps.items()), label=f"layer {i + 1}")
         axis.set(title=f"Full against dropped pass, [CLS]: {model}", xlabel="step", ylabel="cosine")
-    for color, (model, steps) in enumerate(texts.items()):
-        for key, style in (("masked", "--"), ("masked_and_dropped", "-")):
-            values = [found[key] for found in steps.values()]
-            axes[-1].plot(
-                list(steps), values, style, marker="o", ms=3, color=f"C{color}", label=f"{model}, {key.replace('_', ' ')}"
-            )
+        for key, style in zip(TEXTS, ("--", "-"), strict=True) if texts else ():
+            points = [(step, values[key]) for step, values in steps.items() if key in values]
+            _line(axes[-1], points, style, color=f"C{color}", label=f"{model}, {key.replace('_', ' ')}")
+    if texts:
         axes[-1].set(title="Sentence embeddings, original against corrupted text", xlabel="step", ylabel="cosine")
-    for axis in axes:
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
-def _plot_curves(curves: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """Figure 3 as a run records it: validation loss, and the cosine between the passes' [CLS] states, over the steps."""
+def _plot_curves(validations: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Validation loss, and the cosine between the passes' [CLS] states, over the steps, as the runs recorded them."""
     figure, axes = _figure(2)
-    for name, records in curves.items():
-        for axis, key in zip(axes, ("loss_full", "cosine_previous"), strict=True):
-            points = [(record["step"], record[key]) for record in records if key in record]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", ms=3, label=name)
+    for axis, key in zip(axes, ("loss_full", "cosine_previous"), strict=True):
+        for model, records in validations.items():
+            if points := [(record["step"], record[key]) for record in records if key in record]:
+                _line(axis, points, label=model)
     axes[0].set(title="Validation loss, all tokens", xlabel="step", ylabel="nats per masked token")
     axes[1].set(title="Cosine of the passes' [CLS], layer l-1", xlabel="step", ylabel="cosine")
-    for axis in axes:
+    _save(figure, path)
+
+
+def _figure(columns: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * columns, 4), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _line(axis: Any, points: Iterable[tuple[float, float]], style: str = "-", **options: Any) -> None:
+    axis.plot(*zip(*points, strict=True), style, marker="o", ms=3, **options)
+
+
+def _save(figure: Any, path: Path) -> None:
+    for axis in figure.axes:
         if axis.lines:
-            axis.legend(fontsize=8, loc="lower left")
+            axis.legend(fontsize=7)
     figure.savefig(path, dpi=130)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sctd_ds.eval.sources import EvalError
-from sctd_ds.huggingface import ImportanceTable
+from sctd_ds.huggingface import ImportanceTable, read_importance
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Model:
         if folder.is_dir():
             missing = [f for f in ("config.json", "tokenizer_config.json") if not (folder / f).is_file()]
             if missing:
-                raise EvalError(f"{folder}: no {' and no '.join(missing)}; expected a Hugging Face folder (a run's model/)")
+                running = "; the run is not finished" if (folder / "checkpoints").is_dir() else ""
+                expected = "expected a Hugging Face folder, or a run's, which has one in model/"
+                raise EvalError(f"{folder}: no {' and no '.join(missing)}; {expected}{running}")
         return self
 
     @property
@@ -51,6 +53,13 @@ class Model:
         kept = sorted((self.run / "checkpoints").glob("step_*")) if self.run else ()
         models = [replace(self, checkpoint=folder) for folder in kept]
         return [model for model in models if model._settings()["pretrain.stages"] == 1]
+
+    def read_importance(self) -> ImportanceTable | None:
+        """The table in the folder, if there is one. Raises EvalError for one that cannot be read."""
+        try:
+            return read_importance(self.path)
+        except ValueError as error:
+            raise EvalError(str(error)) from None
 
     def _settings(self) -> dict[str, Any]:
         assert self.checkpoint is not None
@@ -77,16 +86,21 @@ class Model:
     def fingerprint(self) -> str:
         """Changes with the weights and the table of a folder or checkpoint; the name itself for a model of the Hub."""
         if self.checkpoint:
-            return fingerprint((self.checkpoint / "manifest.json").read_bytes())
+            return fingerprint(self.checkpoint / "manifest.json")
         weights = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(self.path).glob(kind))
-        return fingerprint(*(file.read_bytes() for file in weights)) if weights else self.path
+        return fingerprint(*weights) if weights else self.path
 
 
 def fingerprint(*contents: Any) -> str:
-    """16 hex digits that change with any of the contents: bytes, or what JSON can say."""
+    """16 hex digits that change with any of the contents: a file's (given its Path), or what JSON can say."""
     digest = hashlib.sha256()
     for content in contents:
-        digest.update(content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=str).encode())
+        if isinstance(content, Path):
+            with content.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        else:
+            digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 
 
