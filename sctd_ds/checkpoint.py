@@ -38,7 +38,7 @@ _SETTINGS = "settings.json"
 
 LAYOUT_KEYS = (
     "pretrain.stages", "zero_optimization", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "sctd.recompute_align",
+    "sctd.recompute_align", "sctd.last_layer",
 )  # fmt: skip
 """Settings that spread the same training differently; `start` accepts other values of them."""
 
