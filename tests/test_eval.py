@@ -580,7 +580,7 @@ def test_export_of_an_engine_a_pipeline_and_a_trainer_run_carries_the_table(tmp_
         assert (learned != 10).sum() > 4, name  # it has learned: labels were seen
 
 
-def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_folder, tmp_path):
+def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_folder, tmp_path, monkeypatch):
     import sctd_ds
 
     texts = list(Language().documents(60))
@@ -593,7 +593,14 @@ def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_
     scores = opened.state.importance.scores[rows[0]].index_fill(1, torch.tensor([0]), torch.inf)
     expected = scores.sort(descending=True, stable=True).indices[:, :24].sort().values  # a quarter of 32 is dropped
     assert dropped[2].shape[1] == 24 and torch.equal(selection.kept.long(), expected)
-    moved = {m.name: analysis.drift(m, texts, length=32, count=8) for m in (own, Model("other", str(model_folder)))}
+    asked = []
+    monkeypatch.setattr(analysis, "estimate_importance", lambda opened, *_: asked.append(opened.table))
+    examples = {split: Language().probe("tense", 20, split) for split in ("train", "validation", "test")}
+    moved = {}
+    for model in (own, Model("other", str(model_folder))):
+        moved[model.name] = analysis.drift(model, texts, length=32, count=8)
+        assert analysis.probe(model, examples)["about"]["importance"] == moved[model.name]["about"]["importance"]
+    assert asked == ["estimated"] * 2  # of the other model only, once each
     assert moved["own"]["about"]["importance"] == "learned" and moved["other"]["about"]["importance"] == "estimated"
     told = report.tables_used(moved)
     assert "own 25% by the table of its own run; other 50% by a table estimated" in told
@@ -645,6 +652,8 @@ def test_checkpoints_of_a_run_are_the_model_at_their_step(run_folder, tmp_path):
     for step, table in tables.items():
         assert opened[step].table == "learned" and torch.equal(opened[step].state.importance.scores, table)
     assert not torch.equal(tables[1], tables[2])
+    weights = {step: one.network.bert.embeddings.word_embeddings.weight for step, one in opened.items()}
+    assert torch.equal(weights[None], weights[2]) and not torch.equal(weights[1], weights[2])
     moved = {model.step: analysis.drift(model, texts, length=32, count=8) for model in (exported, first, last)}
     assert moved[None] == moved[2] and moved[1]["layer_cls"][2:] != moved[2]["layer_cls"][2:]
     # What cannot be read is named, or, for a pipeline's, left out.
