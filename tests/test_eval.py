@@ -819,6 +819,7 @@ def test_command_names_what_is_wrong(trial, tmp_path, capsys):
     command, _ = trial
     for changed, message in (
         ([command[0], command[0], *command[2:]], "two models are called 'one'"),
+        ([command[0].replace("one", "a/b"), command[0].replace("one", "a--b")], "two models are called 'a--b'"),
         ([*command, "--tasks", "rte,mprc"], "mprc: unknown; there are cola"),
         ([str(tmp_path), *command[2:]], "no config.json"),
         ([*command, "--max-steps", "2"], "another max_steps"),

@@ -181,14 +181,13 @@ def _models(arguments: list[str]) -> list[Model]:
         name, equals, path = text.rpartition("=")
         folder = Path(path)
         run = folder.parent if folder.name == "model" else folder
-        if not equals:
-            name = run.name or path
+        name = (name if equals else run.name or path).replace("/", "--")  # it becomes a folder's
         if (folder / "model" / "config.json").is_file():
             folder = folder / "model"
         if any(model.name == name for model in models):
             raise EvalError(f"two models are called {name!r}: give one a name of its own, NAME=FOLDER")
         known = run if (run / "metrics.jsonl").is_file() else None
-        models.append(Model(name.replace("/", "--"), str(folder) if folder.is_dir() else path, known).check())
+        models.append(Model(name, str(folder) if folder.is_dir() else path, known).check())
     return models
 
 
