@@ -304,7 +304,10 @@ class Outcome:
 
     values: dict[str, float]
     points: list[dict[str, float]]
-    """By step: "step", "seconds" of training until then, its "dense_steps" (operations, in dense steps), and measures."""
+    """By step: "step", "seconds" of training until then, its "dense_steps" (operations, in dense steps), and measures.
+
+    Seconds are of steps that take the median time of their kind: a machine's stalls are no property of a method.
+    """
 
 
 def outcome(run: Run, out: Path, tasks: Sequence[str]) -> Outcome | None:
@@ -320,10 +323,17 @@ def outcome(run: Run, out: Path, tasks: Sequence[str]) -> Outcome | None:
     values[SAVED] = 100 * report["flops_saved"]
     found = measured(run.name, out)
     values |= score(found, tasks) | found
+    records = metrics.read(folder / "metrics.jsonl")
+    by_kind: dict[str, list[float]] = {}
+    for record in records:
+        if record["event"] == "train":
+            by_kind.setdefault(record["kind"], []).append(record["step_ms"])
+    usual = {kind: statistics.median(ms) for kind, ms in by_kind.items()}
     seconds, points = 0.0, []
-    for record in metrics.read(folder / "metrics.jsonl"):
-        seconds += record.get("step_ms", 0.0) / 1000
-        if record["event"] == "validation":
+    for record in records:
+        if record["event"] == "train":
+            seconds += usual[record["kind"]] / 1000
+        else:
             step = record["step"]
             reached = found if step == report["steps"] else measured(f"{run.name}@{step}", out)
             points.append({"step": step, "seconds": seconds, "dense_steps": step * (1 - report["flops_saved"]),

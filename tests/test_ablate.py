@@ -81,17 +81,21 @@ def test_score_is_the_mean_over_tasks_or_else_over_probes():
     assert score(glue, [*glue]) == {"GLUE average": 82.0}
 
 
-def finished_run(out: Path, run: ablate.Run, loss: float, flops_saved: float = 0.2) -> None:
+def finished_run(out: Path, run: ablate.Run, loss: float) -> None:
     folder = out / "runs" / run.name
     folder.mkdir(parents=True)
-    validation = {"step": 10, "loss_full": loss}
+    validation = {"step": 5, "loss_full": loss}
     (folder / "report.json").write_text(json.dumps({
-        "validation": validation, "global_batch": 32, "samples_per_s": 16.0, "flops_saved": flops_saved, "steps": 10,
+        "validation": validation, "global_batch": 32, "samples_per_s": 16.0, "flops_saved": 0.2, "steps": 5,
         "seq_length": 64, "environment": {"device": "CPU"},
     }))  # fmt: skip
     (folder / BEGAN).write_text(json.dumps({"commit": "abc", "settings": {}}))
-    lines = [{"event": "train", "step": 5, "step_ms": 2000.0}, {"event": "validation", "step": 5, "loss_full": loss + 1},
-             {"event": "train", "step": 10, "step_ms": 4000.0}, {"event": "validation", **validation}]  # fmt: skip
+    kinds = {1: "drop", 2: "drop", 3: "align", 4: "drop", 5: "align"}
+    lines = [{"event": "train", "step": step, "kind": kind, "step_ms": {"drop": 1000.0, "align": 3000.0}[kind]}
+             for step, kind in kinds.items()]  # fmt: skip
+    lines[3]["step_ms"] = 99000.0  # a stall of the machine, not of the method
+    lines.insert(3, {"event": "validation", "step": 3, "loss_full": loss + 1})
+    lines.append({"event": "validation", **validation})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -115,7 +119,7 @@ def test_tables_hold_finished_runs_only(tmp_path):
     # Time and operations add up along a run.
     curve = [row for row in rows_of(tmp_path / "curves.csv") if (row["variant"], row["seed"]) == ("dense", "1")]
     assert [[float(row[key]) for key in ("step", "seconds", "dense_steps", "loss_full")] for row in curve] == [
-        [5, 2, 4, 4.1], [10, 6, 8, 3.1]]  # fmt: skip
+        [3, 5, 3 * 0.8, 4.1], [5, 9, 4, 3.1]]  # fmt: skip
 
 
 def test_nothing_is_said_where_nothing_was_run(tmp_path):
