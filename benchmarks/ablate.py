@@ -388,7 +388,9 @@ def compare(sweep: str, variants: Mapping[str, Mapping[int, Outcome]], measures:
             other = {seed: reached.values[measure] for seed, reached in control.items() if measure in reached.values}
             p = paired_p(other, values) if name != "token_drop" and measure not in (TIME, SAVED) else None
             tests += p is not None
-            row.append(cell if cell is None or p is None else f"{cell} (p {p:.3f})")
+            notes = [f"p {p:.3f}"] if p is not None else []
+            notes += [f"of {len(values)}"] if 0 < len(values) < len(by_seed) else []
+            row.append(f"{cell} ({', '.join(notes)})" if notes else cell)
         rows.append([*row, *(f"{value:.2f}" for value in published.get(name, ()))])
     text = table(["variant", "runs", *measures, *(f"*paper: {column}*" for column in columns)], rows)
     if tests > 1:

@@ -106,12 +106,16 @@ def test_tables_hold_finished_runs_only(tmp_path):
     for variant, values in losses.items():
         for run, loss in zip(runs["interval"][variant], values, strict=False):
             finished_run(tmp_path, run, loss)
+    # One of the three dense models has been fine-tuned so far.
+    scored = tmp_path / "eval" / "scores" / runs["interval"]["dense"][0].name / "rte" / "seed0.json"
+    scored.parent.mkdir(parents=True)
+    scored.write_text(json.dumps({"task": "rte", "scores": {"accuracy": 61.5}}))
     text = write(tmp_path, runs, options)
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert set(rows) == {"variant", "---", "dense", "token_drop", "Fi=10"}  # Fi=5, 20 and 50 were not run
     # Differences from token_drop -0.2, -0.3, -0.2: t = -7.0 with 2 degrees of freedom; Fi=10 has two of the three seeds.
     assert "| 3 | 3.0000 ± 0.1000 (p 0.020) | 2000.00 ± 0.00 |" in rows["dense"]
-    assert rows["dense"].endswith("| 0.00 | 77.73 | 74.15 |")
+    assert rows["dense"].endswith("| 61.50 (of 1) | 0.00 | 77.73 | 74.15 |")
     assert "| 3 | 3.2333 ± 0.1528 |" in rows["token_drop"] and rows["Fi=10"].split("|")[2].strip() == "2"
     assert "2 tests stand in this table" in text and "p below 0.025" in text
     assert (tmp_path / "interval.png").stat().st_size > 10_000
