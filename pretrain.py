@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
@@ -24,7 +23,7 @@ from deepspeed.utils import logger as deepspeed_logger
 
 import sctd_ds
 from sctd_ds import checkpoint, config, data, job, probe, report
-from sctd_ds.engine import NonFiniteLossError, TrainingError
+from sctd_ds.engine import NonFiniteLossError, TrainingError, init_distributed
 from sctd_ds.metrics import Metrics
 from sctd_ds.pipeline import Pipeline
 from sctd_ds.schedule import kept_tokens
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     deepspeed_logger.setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    deepspeed.init_distributed(verbose=False)
+    init_distributed()
     rank, world = dist.get_rank(), dist.get_world_size()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -170,7 +171,12 @@ class ScTDEngine(StepLogic):
         return output
 
     def train_batch(self, batches: Iterator[Mapping[str, Tensor]]) -> float:
-        """One optimizer step over the next `gradient_accumulation_steps` micro-batches; returns the mean loss of all ranks."""
+        """One optimizer step over the next `gradient_accumulation_steps` micro-batches; returns the mean loss of all ranks.
+
+        The model trains, also where it was left in evaluation mode.
+        """
+        if not self.module.training:
+            self.train()
         for _ in range(self.gradient_accumulation_steps()):
             batch = {key: value.to(self.device, non_blocking=True) for key, value in next(batches).items()}
             loss = self(**batch).loss
@@ -227,7 +233,26 @@ def attach(engine: Any) -> Any:
     # deepspeed.initialize chooses the class itself; the subclass adds no construction of its own.
     engine.__class__ = ENGINES.get(type(engine), type(engine))
     engine._attach()
+    release_shared_memory()
     return engine
+
+
+def init_distributed() -> None:
+    """deepspeed.init_distributed, where that is not done yet, and without what it would leave behind."""
+    deepspeed.init_distributed(verbose=False)
+    release_shared_memory()
+
+
+def release_shared_memory() -> None:
+    """Take the name from DeepSpeed's shared memory, so that the system frees it with the last process. Every rank calls.
+
+    On a CPU each rank maps 66 MiB in /dev/shm, which DeepSpeed never unlinks: memory that every run would take for good.
+    """
+    if get_accelerator().device_name() == "cpu":
+        dist.barrier()  # all ranks have mapped it; from here on nobody needs the name
+        where, rank = (os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT")), dist.get_rank()
+        name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *where, str(rank)])
+        Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _refuse_other(config: ScTDConfig, block: ScTDConfig | Mapping[str, Any] | None) -> None:

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import sctd_kernels
 import torch
 import torch.distributed as dist
@@ -35,7 +34,7 @@ from sctd_ds.adapters import Batch
 from sctd_ds.adapters.huggingface import BertAdapter
 from sctd_ds.config import ConfigError, ScTDConfig, check_stages
 from sctd_ds.encoder import Pass, Passes, ScTD, Selection, convert, set_mode, state_of, take_rows
-from sctd_ds.engine import ENGINES, StepLogic
+from sctd_ds.engine import ENGINES, StepLogic, init_distributed
 from sctd_ds.labels import Labelled
 from sctd_ds.objective import evaluate
 from sctd_ds.schedule import MODES, Mode, Shape, aligned_rows, kept_tokens, mean_cost, part_flops
@@ -186,7 +185,7 @@ class Pipeline(PipelineModule):
             raise ConfigError(
                 f"a pipeline is built from BertForMaskedLM, not from {type(model).__name__}: use data parallelism"
             )
-        deepspeed.init_distributed(verbose=False)  # does nothing where it is done
+        init_distributed()
         check_stages(stages, len(state.adapter.layers), dist.get_world_size())
         if boundaries is None:
             boundaries = balance(state, model.config, stages, length)

@@ -143,6 +143,10 @@ class ScTDCallback(TrainerCallback, ExportableState):
             config = config.model_copy(update={"keep_token_ids": ids})
         self._config = config
         self.clock = StepClock(convert(model, config))
+        if args.deepspeed:
+            from sctd_ds.engine import release_shared_memory
+
+            release_shared_memory()
         return self.clock
 
 

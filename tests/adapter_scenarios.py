@@ -12,6 +12,7 @@ import torch
 from families import FAMILIES, KEPT_IDS, PAD, build, rows
 
 import sctd_ds
+from sctd_ds.engine import init_distributed
 
 METHOD = {"interval": 2, "keep_token_ids": KEPT_IDS, "kl_weight": 4.0}
 
@@ -122,7 +123,7 @@ def same(one, other):
 
 def main():
     folder = Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank")))
-    deepspeed.init_distributed(verbose=False)
+    init_distributed()
     families = {f"{family.name} zero{stage}": train(family, stage) for family in FAMILIES for stage in (1, 2)}
     (folder / "results.json").write_text(json.dumps({"families": families, "mixed": mixed(folder)}))
 

@@ -28,11 +28,18 @@ os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0
 
 
 def launch(script: str | Path, *arguments: object, ranks: int, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
-    """`deepspeed --num_gpus RANKS script arguments`, output captured; stdout and stderr come back together."""
-    return subprocess.run(
-        launch_command(script, *arguments, ranks=ranks), cwd=ROOT, text=True, timeout=timeout, env=launch_environment(),
+    """`deepspeed --num_gpus RANKS script arguments`, output captured; stdout and stderr come back together.
+
+    Whatever becomes of the run, it must leave no shared memory behind.
+    """
+    command = launch_command(script, *arguments, ranks=ranks)
+    done = subprocess.run(
+        command, cwd=ROOT, text=True, timeout=timeout, env=launch_environment(),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
+    port = command[command.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")), done.stdout[-3000:]
+    return done
 
 
 def launch_command(script: str | Path, *arguments: object, ranks: int) -> list[str]:

@@ -6,14 +6,13 @@ engine_scenarios.py FOLDER; writes FOLDER/world{W}_rank{R}.pt
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import BertConfig, BertForMaskedLM
 
 import sctd_ds
-from sctd_ds.engine import NonFiniteLossError
+from sctd_ds.engine import NonFiniteLossError, init_distributed
 from sctd_ds.huggingface import full_precision_state
 
 STEPS, BATCH, LENGTH, VOCABULARY = 7, 8, 16, 64
@@ -96,6 +95,7 @@ def overflow(engine):
         engine.train_batch(batches)
     before = sctd_ds.importance(engine.module).scores.clone()
     weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    engine.eval()  # train_batch is for training, whatever came before
     step, optimizer.step = optimizer.step, lambda: setattr(optimizer, "overflow", True)
     kind = engine.step_mode
     engine.train_batch(batches)
@@ -163,7 +163,7 @@ def poisoned(engine):
 
 def main():
     folder = Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank")))
-    deepspeed.init_distributed(verbose=False)
+    init_distributed()
     world, rank = dist.get_world_size(), dist.get_rank()
     results = {f"zero{stage}": train(make(world, zero=stage)) for stage in (0, 1, 2)}
     results["accumulation1"] = train(make(world, accumulation=1))

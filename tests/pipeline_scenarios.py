@@ -7,14 +7,13 @@ import copy
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import sctd_ds
 from sctd_ds import checkpoint
-from sctd_ds.engine import NonFiniteLossError
+from sctd_ds.engine import NonFiniteLossError, init_distributed
 from sctd_ds.pipeline import Pipeline
 from sctd_ds.validation import validate
 
@@ -162,7 +161,7 @@ def errors():
 
 def main():
     folder = Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank")))
-    deepspeed.init_distributed(verbose=False)
+    init_distributed()
     world, rank = dist.get_world_size(), dist.get_rank()
     results, steps = {}, 40 if world == STAGES else 12
     held_out = next(micro_batches(1))
