@@ -34,7 +34,7 @@ from tqdm import tqdm
 import sctd_ds
 from benchmarks.harness import ROOT, commit
 from sctd_ds import metrics
-from sctd_ds.config import ConfigError, RunConfig, differences, load
+from sctd_ds.config import ConfigError, RunConfig, differences, load, model_arguments
 from sctd_ds.eval import EvalError
 from sctd_ds.eval.store import Model
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
@@ -66,6 +66,7 @@ NOTE = {
 # By sweep, what each variant sets beside the base configuration. Variants of equal settings are one run.
 # Table 4: L_SCg is the KL of layer l, L_SCl that of layer l-1. A row without L_MLM has no loss on the full pass, which is the
 # released code's objective; there the full pass, which learns nothing else, also gets the KL's gradient.
+LAYERS = "pretrain.model.num_hidden_layers"
 _BASELINES = {"dense": {"sctd.method": "dense"}, "token_drop": {"sctd.method": "token_drop"}}
 SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "method": {
@@ -73,6 +74,7 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
         "sctd": {},
         "sctd spread": {"sctd.align_schedule": "spread"},
         "random drop": {"sctd.method": "token_drop", "sctd.importance": "random"},
+        "fewer layers": {"sctd.method": "dense", LAYERS: lambda layers: layers - layers // 4},  # about token_drop's operations
     },
     "objective": {
         **_BASELINES,
@@ -163,13 +165,14 @@ def plan(options: argparse.Namespace) -> dict[str, dict[str, list[Run]]]:
         raise ConfigError(f"--tasks {','.join(options.tasks)}: needs --data-dir, the folder with the tasks' data")
     if base.sctd.method != "sctd":
         raise ConfigError(f'{options.config}: sctd.method is "{base.sctd.method}"; the base of an ablation must be "sctd"')
-    settings = base.flat()
+    settings, layers = base.flat(), model_arguments(base.pretrain).get("num_hidden_layers", 12)
     runs: dict[str, dict[str, list[Run]]] = {}
     for sweep in options.sweep:
         known = SWEEPS[sweep]
         for variant, changes in known.items():
             if options.variants and variant not in options.variants:
                 continue
+            changes = {key: value(layers) if callable(value) else value for key, value in changes.items()}
             # What the base sets already is no change: so "Fi=10", "lambda=0.05" and "sctd" are one run.
             real = tuple(sorted((key, value) for key, value in changes.items() if settings.get(key) != value))
             of = [Run(real, seed) for seed in range(options.seeds)]
@@ -310,20 +313,24 @@ class Outcome:
     """
 
 
-def outcome(run: Run, out: Path, tasks: Sequence[str]) -> Outcome | None:
-    """What is known of a run; None for one that is not finished."""
-    folder = out / "runs" / run.name
-    if not (folder / "report.json").is_file():
-        return None
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+def report_of(run: Run, out: Path) -> dict[str, Any] | None:
+    """The report that `pretrain.py` wrote of a run; None for one that is not finished."""
+    file = out / "runs" / run.name / "report.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def outcome(run: Run, report: Mapping[str, Any], dense_flops: float, options: argparse.Namespace) -> Outcome:
+    """What is known of a finished run. dense_flops: operations of one sequence in a dense step of the base's depth."""
+    out, tasks = options.out, options.tasks
+    cost = (1 - report["flops_saved"]) * report["flops_per_sequence"]["dense"] / dense_flops
     values: dict[str, float] = {
         key: report["validation"][key] for key in (LOSS, "loss_drop", "cosine_previous") if key in report["validation"]
     }
     values[TIME] = report["global_batch"] / report["samples_per_s"] * 1000
-    values[SAVED] = 100 * report["flops_saved"]
+    values[SAVED] = 100 * (1 - cost)
     found = measured(run.name, out)
     values |= score(found, tasks) | found
-    records = metrics.read(folder / "metrics.jsonl")
+    records = metrics.read(out / "runs" / run.name / "metrics.jsonl")
     by_kind: dict[str, list[float]] = {}
     for record in records:
         if record["event"] == "train":
@@ -336,15 +343,17 @@ def outcome(run: Run, out: Path, tasks: Sequence[str]) -> Outcome | None:
         else:
             step = record["step"]
             reached = found if step == report["steps"] else measured(f"{run.name}@{step}", out)
-            points.append({"step": step, "seconds": seconds, "dense_steps": step * (1 - report["flops_saved"]),
+            points.append({"step": step, "seconds": seconds, "dense_steps": step * cost,
                            LOSS: record[LOSS], **score(reached, tasks)})  # fmt: skip
     return Outcome(values, points)
 
 
 def write(out: Path, runs: Mapping[str, Mapping[str, Sequence[Run]]], options: argparse.Namespace) -> str:
     """Write results.csv, curves.csv, tables.md and the figures of the runs that are finished; returns the Markdown."""
-    found = {run: outcome(run, out, options.tasks) for run in in_order(runs, options.seeds)}
-    finished = {run: reached for run, reached in found.items() if reached is not None}
+    found = {run: report_of(run, out) for run in in_order(runs, options.seeds)}
+    reports = {run: report for run, report in found.items() if report is not None}
+    dense_flops = max((report["flops_per_sequence"]["dense"] for report in reports.values()), default=0.0)  # no run is deeper
+    finished = {run: outcome(run, report, dense_flops, options) for run, report in reports.items()}
     measures = list(dict.fromkeys(name for reached in finished.values() for name in reached.values))
     along = list(dict.fromkeys(name for reached in finished.values() for point in reached.points for name in point))
     lines, curves = [], []

@@ -77,7 +77,8 @@ class PretrainConfig(_Block):
     """The run: model, data, length, logging, saving. Read by pretrain.py only."""
 
     model: Literal["bert-base", "bert-large"] | dict[str, Any] = "bert-base"
-    """A preset, or keyword arguments of transformers.BertConfig. The vocabulary comes from the tokenizer."""
+    """A preset, or keyword arguments of transformers.BertConfig. The vocabulary comes from the tokenizer.
+    `--set pretrain.model.num_hidden_layers=9` changes one argument of either."""
     data: str | list[str] = "python-docs"
     """A folder made by `python -m sctd_ds.data build`, or raw text: files, folders, a Hub name, "python-docs[:SIZE]"."""
     tokenizer: str | None = None
@@ -509,9 +510,12 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
         raise ConfigError(f'--set "{item}": the value must be finite')
     *blocks, key = path.split(".")
     for part in blocks:
-        raw = raw.setdefault(part, {})
-        if not isinstance(raw, dict):
+        inner = raw.setdefault(part, {})
+        if part == "model" and isinstance(inner, str) and inner in _PRESETS:  # a preset, with one of its sizes changed
+            inner = raw[part] = dict(_PRESETS[inner])
+        if not isinstance(inner, dict):
             raise ConfigError(f'--set "{item}": "{part}" is not a block')
+        raw = inner
     raw[key] = value
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForMaskedLM
 from benchmarks import ablate
 from benchmarks.ablate import BEGAN, in_order, plan, score, write
 from sctd_ds import ConfigError
+from sctd_ds.config import model_arguments
 from sctd_ds.eval import twins
 from sctd_ds.huggingface import read_importance
 
@@ -36,8 +37,16 @@ def test_sweeps_share_runs_of_equal_settings(tmp_path):
     assert base == runs["interval"]["Fi=10"] == runs["lambda"]["lambda=0.05"] == runs["objective"]["sctd"]
     assert runs["lambda"]["lambda=0"] == runs["objective"]["L_MLM"] != base
     ordered = in_order(runs, 3)
-    assert len({run.name for run in ordered}) == len(ordered) == 3 * 17
-    assert [run.seed for run in ordered[:15]] == [0] * 5 + [1] * 5 + [2] * 5  # the first sweep, seed by seed
+    assert len({run.name for run in ordered}) == len(ordered) == 3 * 18
+    assert [run.seed for run in ordered[:18]] == [0] * 6 + [1] * 6 + [2] * 6  # the first sweep, seed by seed
+
+
+@pytest.mark.parametrize(("config", "layers"), [("tiny", 9), ("large", 18)])
+def test_fewer_layers_is_a_dense_model_of_about_the_operations_of_token_drop(tmp_path, config, layers):
+    options = ablation_options(tmp_path, sweep=["method"], config=ROOT / "ds_configs" / f"{config}.json")
+    (run, *_) = plan(options)["method"]["fewer layers"]
+    of = ablate.configured(run, options)[0]
+    assert of.sctd.method == "dense" and model_arguments(of.pretrain)["num_hidden_layers"] == layers
 
 
 def test_rows_of_table_4_learn_the_terms_they_are_named_after(tmp_path):
@@ -87,7 +96,7 @@ def finished_run(out: Path, run: ablate.Run, loss: float) -> None:
     validation = {"step": 5, "loss_full": loss}
     (folder / "report.json").write_text(json.dumps({
         "validation": validation, "global_batch": 32, "samples_per_s": 16.0, "flops_saved": 0.2, "steps": 5,
-        "seq_length": 64, "environment": {"device": "CPU"},
+        "flops_per_sequence": {"dense": 1e9}, "seq_length": 64, "environment": {"device": "CPU"},
     }))  # fmt: skip
     (folder / BEGAN).write_text(json.dumps({"commit": "abc", "settings": {}}))
     kinds = {1: "drop", 2: "drop", 3: "align", 4: "drop", 5: "align"}
