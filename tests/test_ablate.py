@@ -90,13 +90,13 @@ def test_score_is_the_mean_over_tasks_or_else_over_probes():
     assert score(glue, [*glue]) == {"GLUE average": 82.0}
 
 
-def finished_run(out: Path, run: ablate.Run, loss: float) -> None:
+def finished_run(out: Path, run: ablate.Run, loss: float, saved: float = 0.2, dense_flops: float = 1e9) -> None:
     folder = out / "runs" / run.name
     folder.mkdir(parents=True)
     validation = {"step": 5, "loss_full": loss}
     (folder / "report.json").write_text(json.dumps({
-        "validation": validation, "global_batch": 32, "samples_per_s": 16.0, "flops_saved": 0.2, "steps": 5,
-        "flops_per_sequence": {"dense": 1e9}, "seq_length": 64, "environment": {"device": "CPU"},
+        "validation": validation, "global_batch": 32, "samples_per_s": 16.0, "flops_saved": saved, "steps": 5,
+        "flops_per_sequence": {"dense": dense_flops}, "seq_length": 64, "environment": {"device": "CPU"},
     }))  # fmt: skip
     (folder / BEGAN).write_text(json.dumps({"commit": "abc", "settings": {}}))
     kinds = {1: "drop", 2: "drop", 3: "align", 4: "drop", 5: "align"}
@@ -133,6 +133,17 @@ def test_tables_hold_finished_runs_only(tmp_path):
     curve = [row for row in rows_of(tmp_path / "curves.csv") if (row["variant"], row["seed"]) == ("dense", "1")]
     assert [[float(row[key]) for key in ("step", "seconds", "dense_steps", "loss_full")] for row in curve] == [
         [3, 5, 3 * 0.8, 4.1], [5, 9, 4, 3.1]]  # fmt: skip
+
+
+def test_operations_are_counted_against_the_base_s_depth(tmp_path):
+    options = ablation_options(tmp_path, sweep=["method"], seeds=1)
+    runs = plan(options)["method"]
+    finished_run(tmp_path, runs["dense"][0], 3.0, saved=0.0)
+    finished_run(tmp_path, runs["sctd"][0], 3.1, saved=0.2)
+    finished_run(tmp_path, runs["fewer layers"][0], 3.2, saved=0.0, dense_flops=0.75e9)
+    write(tmp_path, {"method": runs}, options)
+    saved = {row["variant"]: float(row["flops_saved"]) for row in rows_of(tmp_path / "results.csv")}
+    assert saved == pytest.approx({"dense": 0, "sctd": 20, "fewer layers": 25})
 
 
 def test_nothing_is_said_where_nothing_was_run(tmp_path):
