@@ -138,5 +138,6 @@ def mean_cost(config: ScTDConfig, cost: Mapping[str, float]) -> float:
 
 def flops_saved(shape: Shape, config: ScTDConfig) -> float:
     """Fraction of the dense step's operations that the method saves on average."""
-    cost: dict[str, float] = {mode: sequence_flops(shape, config, mode) for mode in MODES}
+    modes: tuple[Mode, ...] = ("dense",) if config.method == "dense" else MODES  # a dense model may be too shallow to drop
+    cost: dict[str, float] = {mode: sequence_flops(shape, config, mode) for mode in modes}
     return 1 - mean_cost(config, cost) / cost["dense"]

@@ -73,3 +73,10 @@ def test_savings_of_bert_large():
     spread = ScTDConfig(interval=10, align_schedule="spread")
     assert flops_saved(LARGE, spread) == pytest.approx(flops_saved(LARGE, ScTDConfig(interval=10)))
     assert flops_saved(LARGE, ScTDConfig(method="dense")) == 0
+
+
+def test_a_dense_model_may_have_fewer_layers_than_dropping_needs():
+    shallow = Shape(2, 64, 256, 1000, 128, 19)
+    assert flops_saved(shallow, ScTDConfig(method="dense")) == 0
+    with pytest.raises(ConfigError, match="at least 4"):
+        flops_saved(shallow, ScTDConfig())
