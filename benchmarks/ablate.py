@@ -236,13 +236,16 @@ def evaluate(run: Run, options: argparse.Namespace, timed: bool) -> None:
     from sctd_ds.eval.__main__ import main as evaluation
 
     folder = options.out / "runs" / run.name
-    models = [f"{run.name}={folder}"]
+    models, (config, _) = [f"{run.name}={folder}"], configured(run, options)
+    # Probes look at the dropped pass, too, for which a shallower dense model may be too shallow.
+    tasks = [*(PROBES if model_arguments(config.pretrain).get("num_hidden_layers", 12) >= 4 else ()), *options.tasks]
+    if not tasks:
+        return
     if timed:
-        config, _ = configured(run, options)
         for step in range(config.pretrain.save_every, config.pretrain.steps, config.pretrain.save_every):
             models.append(f"{run.name}@{step}={export_point(folder, step)}")
     command = [*models, "--data-dir", str(options.data_dir), "--out", str(options.out / "eval"), "--seeds", "1",
-               "--tasks", ",".join([*PROBES, *options.tasks]), *options.eval_arguments.split()]  # fmt: skip
+               "--tasks", ",".join(tasks), *options.eval_arguments.split()]  # fmt: skip
     with (folder / "eval.md").open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         status = evaluation(command)
     if status:
