@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
-# Threads that spin while they wait halve the speed where other programs want the cores too, and gain nothing where none does.
+# Threads that spin while they wait take the cores from whatever else runs on the machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test check format kernels-compile kernels-compile-oldest clean
