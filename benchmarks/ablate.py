@@ -63,10 +63,12 @@ NOTE = {
     "counts whole instead of half, and the KL's gradient reaches the full pass as well, where the rows with L_MLM stop it.",
 }
 
+LAYERS = "pretrain.model.num_hidden_layers"
+
 # By sweep, what each variant sets beside the base configuration. Variants of equal settings are one run.
+# A function gets the base's number of layers.
 # Table 4: L_SCg is the KL of layer l, L_SCl that of layer l-1. A row without L_MLM has no loss on the full pass, which is the
 # released code's objective; there the full pass, which learns nothing else, also gets the KL's gradient.
-LAYERS = "pretrain.model.num_hidden_layers"
 _BASELINES = {"dense": {"sctd.method": "dense"}, "token_drop": {"sctd.method": "token_drop"}}
 SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "method": {
