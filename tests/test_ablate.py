@@ -11,18 +11,20 @@ from conftest import ROOT, write_settings
 from transformers import AutoModelForMaskedLM
 
 from benchmarks import ablate
-from benchmarks.ablate import BEGAN, in_order, plan, score, write
-from sctd_ds import ConfigError
-from sctd_ds.config import model_arguments
+from benchmarks.ablate import configured, plan, tabulate
+from benchmarks.ablation_tables import BEGAN, PAPER, Run, in_order, measured, operations, score
+from sctd_ds import ConfigError, ScTDConfig
+from sctd_ds.config import load
 from sctd_ds.eval import twins
 from sctd_ds.huggingface import read_importance
+from sctd_ds.schedule import MODES, Shape, flops_saved, mean_cost, sequence_flops
 
 
 def ablation_options(out: Path, **changes) -> Namespace:
-    values = {"config": ROOT / "ds_configs" / "tiny.json", "out": out, "data": None, "data_dir": None, "tasks": [],
-              "sweep": ["method", "interval", "lambda", "objective"], "variants": None, "seeds": 3, "overrides": [],
-              "gpus": 1, "points": 1}  # fmt: skip
-    return Namespace(**{**values, **changes})
+    where = {"config": ROOT / "ds_configs" / "tiny.json", "out": out, "data": None, "data_dir": None}
+    what = {"sweep": ["method", "interval", "lambda", "objective"], "variants": None, "seeds": 3, "overrides": []}
+    how = {"gpus": 1, "points": 1, "tasks": []}
+    return Namespace(**{**where, **what, **how, **changes})
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -36,7 +38,7 @@ def test_sweeps_share_runs_of_equal_settings(tmp_path):
     assert [run.changes for run in base] == [()] * 3 and [run.seed for run in base] == [0, 1, 2]
     assert base == runs["interval"]["Fi=10"] == runs["lambda"]["lambda=0.05"] == runs["objective"]["sctd"]
     assert runs["lambda"]["lambda=0"] == runs["objective"]["L_MLM"] != base
-    ordered = in_order(runs, 3)
+    ordered = in_order(runs)
     assert len({run.name for run in ordered}) == len(ordered) == 3 * 18
     assert [run.seed for run in ordered[:18]] == [0] * 6 + [1] * 6 + [2] * 6  # the first sweep, seed by seed
 
@@ -45,17 +47,17 @@ def test_sweeps_share_runs_of_equal_settings(tmp_path):
 def test_fewer_layers_is_a_dense_model_of_about_the_operations_of_token_drop(tmp_path, config, layers):
     options = ablation_options(tmp_path, sweep=["method"], config=ROOT / "ds_configs" / f"{config}.json")
     (run, *_) = plan(options)["method"]["fewer layers"]
-    of = ablate.configured(run, options)[0]
-    assert of.sctd.method == "dense" and model_arguments(of.pretrain)["num_hidden_layers"] == layers
+    of = configured(run, options)[0]
+    assert of.sctd.method == "dense" and of.pretrain.model["num_hidden_layers"] == layers
 
 
 def test_rows_of_table_4_learn_the_terms_they_are_named_after(tmp_path):
     """Every row of the paper is there, and a term is in the objective exactly where its name is in the row's."""
     options = ablation_options(tmp_path, sweep=["objective"])
     rows = plan(options)["objective"]
-    assert set(rows) == set(ablate.PAPER["objective"][1])
+    assert set(rows) == set(PAPER["objective"][1])
     for name, (run, *_) in rows.items():
-        config = ablate.configured(run, options)[0].sctd
+        config = configured(run, options)[0].sctd
         terms = {"sctd": {"L_MLM", "L_SCl", "L_SCg"}, "dense": set(), "token_drop": set()}.get(name, set(name.split("+")))
         learned = config.kl_layers if config.method == "sctd" and config.kl_weight else None
         assert ("L_SCg" in terms) == (learned in ("both", "last")), name
@@ -90,18 +92,16 @@ def test_score_is_the_mean_over_tasks_or_else_over_probes():
     assert score(glue, [*glue]) == {"GLUE average": 82.0}
 
 
-def finished_run(out: Path, run: ablate.Run, loss: float, saved: float = 0.2, dense_flops: float = 1e9) -> None:
+def finished_run(out: Path, run: Run, loss: float, saved: float = 0.2, dense_flops: float = 1e9) -> None:
     folder = out / "runs" / run.name
     folder.mkdir(parents=True)
     validation = {"step": 5, "loss_full": loss}
-    (folder / "report.json").write_text(json.dumps({
-        "validation": validation, "global_batch": 32, "samples_per_s": 16.0, "flops_saved": saved, "steps": 5,
-        "flops_per_sequence": {"dense": dense_flops}, "seq_length": 64, "environment": {"device": "CPU"},
-    }))  # fmt: skip
+    report = {"validation": validation, "global_batch": 32, "samples_per_s": 16.0, "steps": 5, "seq_length": 64}
+    report |= {"flops_saved": saved, "flops_per_sequence": {"dense": dense_flops}, "environment": {"device": "CPU"}}
+    (folder / "report.json").write_text(json.dumps(report))
     (folder / BEGAN).write_text(json.dumps({"commit": "abc", "settings": {}}))
-    kinds = {1: "drop", 2: "drop", 3: "align", 4: "drop", 5: "align"}
-    lines = [{"event": "train", "step": step, "kind": kind, "step_ms": {"drop": 1000.0, "align": 3000.0}[kind]}
-             for step, kind in kinds.items()]  # fmt: skip
+    kinds, ms = ("drop", "drop", "align", "drop", "align"), {"drop": 1000.0, "align": 3000.0}
+    lines = [{"event": "train", "step": step, "kind": kind, "step_ms": ms[kind]} for step, kind in enumerate(kinds, 1)]
     lines[3]["step_ms"] = 99000.0  # a stall of the machine, not of the method
     lines.insert(3, {"event": "validation", "step": 3, "loss_full": loss + 1})
     lines.append({"event": "validation", **validation})
@@ -119,7 +119,7 @@ def test_tables_hold_finished_runs_only(tmp_path):
     scored = tmp_path / "eval" / "scores" / runs["interval"]["dense"][0].name / "rte" / "seed0.json"
     scored.parent.mkdir(parents=True)
     scored.write_text(json.dumps({"task": "rte", "scores": {"accuracy": 61.5}}))
-    text = write(tmp_path, runs, options)
+    text = tabulate(runs, options)
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert set(rows) == {"variant", "---", "dense", "token_drop", "Fi=10"}  # Fi=5, 20 and 50 were not run
     # Differences from token_drop -0.2, -0.3, -0.2: t = -7.0 with 2 degrees of freedom; Fi=10 has two of the three seeds.
@@ -131,24 +131,47 @@ def test_tables_hold_finished_runs_only(tmp_path):
     assert len(rows_of(tmp_path / "results.csv")) == 3 + 3 + 2
     # Time and operations add up along a run.
     curve = [row for row in rows_of(tmp_path / "curves.csv") if (row["variant"], row["seed"]) == ("dense", "1")]
-    assert [[float(row[key]) for key in ("step", "seconds", "dense_steps", "loss_full")] for row in curve] == [
-        [3, 5, 3 * 0.8, 4.1], [5, 9, 4, 3.1]]  # fmt: skip
+    columns = ("step", "seconds", "dense_steps", "loss_full")
+    assert [[float(row[key]) for key in columns] for row in curve] == [[3, 5, 3 * 0.8, 4.1], [5, 9, 4, 3.1]]
 
 
-def test_operations_are_counted_against_the_base_s_depth(tmp_path):
+def tiny_shape(layers: int) -> Shape:
+    """Of ds_configs/tiny.json, but for the depth."""
+    return Shape(layers, hidden=128, intermediate=512, vocabulary=8192, length=128, labels=20)
+
+
+@pytest.mark.parametrize("finished", [("dense", "sctd", "fewer layers"), ("fewer layers",)])
+def test_operations_are_counted_against_the_base_s_depth_whatever_is_finished(tmp_path, finished):
     options = ablation_options(tmp_path, sweep=["method"], seeds=1)
-    runs = plan(options)["method"]
-    finished_run(tmp_path, runs["dense"][0], 3.0, saved=0.0)
-    finished_run(tmp_path, runs["sctd"][0], 3.1, saved=0.2)
-    finished_run(tmp_path, runs["fewer layers"][0], 3.2, saved=0.0, dense_flops=0.75e9)
-    write(tmp_path, {"method": runs}, options)
-    saved = {row["variant"]: float(row["flops_saved"]) for row in rows_of(tmp_path / "results.csv")}
-    assert saved == pytest.approx({"dense": 0, "sctd": 20, "fewer layers": 25})
+    runs = plan(options)
+    whole, shallow = (sequence_flops(tiny_shape(layers), ScTDConfig(), "dense") for layers in (12, 9))
+    reported = {"dense": (0.0, whole), "sctd": (0.2, whole), "fewer layers": (0.0, shallow)}
+    for variant in finished:
+        saved, dense_flops = reported[variant]
+        finished_run(tmp_path, runs["method"][variant][0], 3.0, saved, dense_flops)
+    tabulate(runs, options)
+    expected = {"dense": 0.0, "sctd": 20.0, "fewer layers": 100 * (1 - shallow / whole)}
+    found = {row["variant"]: float(row["flops_saved"]) for row in rows_of(tmp_path / "results.csv")}
+    assert found == pytest.approx({variant: expected[variant] for variant in finished})
+
+
+@pytest.mark.parametrize("last_layer", ["all", "labelled"])
+def test_every_variant_counts_its_operations_in_dense_steps_of_the_base(tmp_path, last_layer):
+    """From its own report alone. A variant that changed a dense step by more than its layers would not."""
+    options = ablation_options(tmp_path, seeds=1, overrides=[f"sctd.last_layer={last_layer}"])
+    base = load(options.config, options.overrides)
+    dense = sequence_flops(tiny_shape(12), base.sctd, "dense")
+    for run in in_order(plan(options)):
+        config = configured(run, options)[0]
+        shape = tiny_shape(config.pretrain.model["num_hidden_layers"])
+        cost = {mode: sequence_flops(shape, config.sctd, mode) for mode in MODES}
+        report = {"flops_saved": flops_saved(shape, config.sctd), "flops_per_sequence": cost}
+        assert operations(run, report, base) == pytest.approx(mean_cost(config.sctd, cost) / dense), run.name
 
 
 def test_nothing_is_said_where_nothing_was_run(tmp_path):
     options = ablation_options(tmp_path, sweep=["lambda"])
-    assert "No run is finished." in write(tmp_path, plan(options), options)
+    assert "No run is finished." in tabulate(plan(options), options)
     assert not rows_of(tmp_path / "results.csv") and not (tmp_path / "lambda.png").exists()
 
 
@@ -160,18 +183,16 @@ def test_a_sweep_is_scored_along_its_run(tmp_path, small_data, monkeypatch, caps
     twins.write_twins(tmp_path / "twins", train=24, validation=12)
     out = tmp_path / "out"
     config = write_settings(tmp_path / "run.json", pretrain={"steps": 8})
-    command = ["--config", str(config), "--out", str(out), "--sweep", "method", "--variants", "sctd", "--seeds", "1",
-               "--data", str(small_data), "--data-dir", str(tmp_path / "twins"),
-               "--tasks", "rte", "--eval-arguments", "--max-steps 1", "--points", "2"]  # fmt: skip
+    command = ["--config", str(config), "--out", str(out), "--data", str(small_data), "--data-dir", str(tmp_path / "twins")]
+    command += ["--sweep", "method", "--variants", "sctd", "--seeds", "1", "--points", "2"]
+    command += ["--tasks", "rte", "--eval-arguments", "--max-steps 1"]
     assert ablate.main(command) == 0
     run = out / "runs" / "base_seed-0"
     assert sorted(path.name for path in (run / "points").iterdir()) == ["step_00000004"]
     curve = rows_of(out / "curves.csv")
     assert [int(row["step"]) for row in curve] == [4, 8]
-    measured = {
-        row["step"]: ablate.measured(f"base_seed-0{'' if row['step'] == '8' else '@' + row['step']}", out) for row in curve
-    }
-    assert all(float(row["mean of tasks"]) == measured[row["step"]]["rte"] for row in curve)
+    scored = {"4": measured("base_seed-0@4", out), "8": measured("base_seed-0", out)}
+    assert all(float(row["mean of tasks"]) == scored[row["step"]]["rte"] for row in curve)
     (result,) = rows_of(out / "results.csv")
     assert result["mean of tasks"] == curve[-1]["mean of tasks"] and (out / "method.png").stat().st_size > 10_000
     assert "synthetic twins" in capsys.readouterr().out
