@@ -65,6 +65,11 @@ def test_data_and_the_grammar_import_nothing_else_of_ours_and_kernels_nothing_at
         assert "transformers" not in file.read_text() and "deepspeed" not in file.read_text(), file
 
 
+def test_tables_of_an_ablation_know_nothing_of_how_it_is_run():
+    assert not imports(ROOT / "benchmarks" / "ablation_tables.py", "benchmarks")
+    assert "ablation_tables" in imports(ROOT / "benchmarks" / "ablate.py", "benchmarks")
+
+
 def test_importing_the_package_is_light():
     code = (
         "import sys, sctd_ds; heavy = {'deepspeed', 'datasets', 'sklearn', 'matplotlib'};"
