@@ -125,11 +125,20 @@ def train(engine: Any, loader: data.Loader, run: config.RunConfig, packed: data.
     options, rank = run.pretrain, dist.get_rank()
     metrics = Metrics(folder, start=engine.applied_steps, total=options.steps, every=options.log_every,
                       monitor=engine.monitor, rank=rank)  # fmt: skip
+
+    def evaluate() -> dict[str, float]:
+        batches = data.validation_batches(packed.validation, masker, batch_size=run.micro_batch, rank=rank % run.world_size,
+                                          world=run.world_size,
+                                          max_batches=-(-options.validation_rows // run.micro_batch))  # fmt: skip
+        return validate(engine, batches)
+
     listen(engine)
     parent = os.getppid()
     kept = 1.0 if run.sctd.method == "dense" else kept_tokens(options.seq_length, run.sctd.drop_ratio) / options.seq_length
     engine.train()
     try:
+        if options.trained_model and engine.applied_steps == 0:
+            metrics.validation(0, evaluate(), loader.position)
         while engine.applied_steps < options.steps:
             kind, start = engine.step_mode, time.perf_counter()
             rate = engine.get_lr()[0]
@@ -148,10 +157,7 @@ def train(engine: Any, loader: data.Loader, run: config.RunConfig, packed: data.
                 }, samples)  # fmt: skip
             last = step == options.steps
             if last or (options.validation_every and step % options.validation_every == 0 and engine.was_step_applied()):
-                batches = data.validation_batches(packed.validation, masker, batch_size=run.micro_batch,
-                                                  rank=rank % run.world_size, world=run.world_size,
-                                                  max_batches=-(-options.validation_rows // run.micro_batch))  # fmt: skip
-                metrics.validation(step, validate(engine, batches), samples)
+                metrics.validation(step, evaluate(), samples)
             if last or engine.stop_agreed or (options.save_every and step % options.save_every == 0):
                 checkpoint.save(engine, folder / "checkpoints", settings, samples, options.keep_last)
             if engine.stop_agreed and not last:

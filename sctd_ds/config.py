@@ -14,9 +14,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class ConfigError(ValueError):
@@ -76,17 +79,21 @@ class ScTDConfig(_Block):
 class PretrainConfig(_Block):
     """The run: model, data, length, logging, saving. Read by pretrain.py only."""
 
-    model: Literal["bert-base", "bert-large"] | dict[str, Any] = "bert-base"
-    """A preset, or keyword arguments of transformers.BertConfig. The vocabulary comes from the tokenizer.
-    `--set pretrain.model.num_hidden_layers=9` changes one argument of either."""
+    model: str | dict[str, Any] = "bert-base"
+    """"bert-base", "bert-large", or keyword arguments of transformers.BertConfig: a new BERT, whose vocabulary comes from the
+    tokenizer; `--set pretrain.model.num_hidden_layers=9` changes one argument of either. Any other name is that of a trained
+    masked-LM model with BERT's layers, a Hugging Face folder or a Hub name, to go on from: its weights, its tokenizer and,
+    where the folder has one, its importance table."""
     data: str | list[str] = "python-docs"
     """A folder made by `python -m sctd_ds.data build`, or raw text: files, folders, a Hub name, "python-docs[:SIZE]"."""
     tokenizer: str | None = None
-    """For raw text: an existing tokenizer (folder or name); unset, a WordPiece tokenizer is trained on the text."""
+    """For raw text: an existing tokenizer (folder or name); unset, that of a trained `model`, or else a WordPiece tokenizer
+    is trained on the text."""
     vocab_size: int = Field(30522, ge=100)
     """For raw text without a tokenizer: size of the trained vocabulary."""
     pad_vocab_to: int = Field(64, ge=1)
-    """The embedding gets a multiple of this many rows, which the matrix units like; ids beyond the tokenizer stay unused."""
+    """A new model's embedding gets a multiple of this many rows, which the matrix units like; ids beyond the tokenizer stay
+    unused. A trained model keeps its own."""
     seq_length: int = Field(512, ge=8)
     """Tokens per row, [CLS] and [SEP] included."""
     steps: int = Field(250_000, ge=1)
@@ -119,6 +126,11 @@ class PretrainConfig(_Block):
     """A device without fp16: "auto" trains in bf16 and says so, "strict" refuses."""
     output: str = "runs/{name}"
     """Folder of the run; {name} is the configuration file's name."""
+
+    @property
+    def trained_model(self) -> str | None:
+        """Folder or Hub name of the model to go on from; None: the model is new."""
+        return self.model if isinstance(self.model, str) and self.model not in _PRESETS else None
 
 
 # Top-level keys that DeepSpeed 0.19 reads. It has no list of its own; a test holds this one against its sources.
@@ -301,7 +313,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Iterabl
 
 
 def _check_method(sctd: ScTDConfig, pretrain: PretrainConfig) -> None:
-    layers = model_arguments(pretrain).get("num_hidden_layers", 12)
+    layers = model_config(pretrain).num_hidden_layers
     if sctd.method != "dense" and layers < 4:
         raise ConfigError(
             f"pretrain.model has {layers} layers, but token dropping needs at least 4: one full, one cross, one kept-only "
@@ -314,7 +326,7 @@ def _replicas(config: Mapping[str, Any], pretrain: PretrainConfig, ranks: int) -
     stages = pretrain.stages
     if stages == 1:
         return ranks
-    check_stages(stages, model_arguments(pretrain).get("num_hidden_layers", 12), ranks)
+    check_stages(stages, model_config(pretrain).num_hidden_layers, ranks)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 1:
         why = "clips by the gradients of the first stage alone" if stage == 0 else "has no pipeline"
@@ -342,10 +354,17 @@ _PRESETS = {
 }
 
 
-def model_arguments(pretrain: PretrainConfig) -> dict[str, Any]:
-    """Keyword arguments of transformers.BertConfig for the run's model, without the vocabulary."""
+# Model types with BERT's layers, which is what pretrain.py counts the operations of; `initialize` takes more families.
+_BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert")
+
+
+def model_config(pretrain: PretrainConfig) -> PreTrainedConfig:
+    """The run's model as transformers describes it; a new one's vocabulary is left to the tokenizer. Raises ConfigError."""
     from transformers import BertConfig
 
+    length = pretrain.seq_length
+    if pretrain.trained_model is not None:
+        return _trained_config(pretrain.trained_model, length)
     arguments = dict(_PRESETS[pretrain.model] if isinstance(pretrain.model, str) else pretrain.model)
     known = {name for name in BertConfig().to_dict() if not name.startswith("_")}
     for key in arguments:
@@ -353,13 +372,34 @@ def model_arguments(pretrain: PretrainConfig) -> dict[str, Any]:
             raise ConfigError(f'unknown key "{key}" in pretrain.model{_did_you_mean(key, known)}')
     if "vocab_size" in arguments:
         raise ConfigError("pretrain.model.vocab_size: the vocabulary comes from the tokenizer; remove the key")
-    arguments.setdefault("max_position_embeddings", max(512, pretrain.seq_length))
-    if arguments["max_position_embeddings"] < pretrain.seq_length:
+    positions = arguments.setdefault("max_position_embeddings", max(512, length))
+    if positions < length:
+        raise ConfigError(f"pretrain.model.max_position_embeddings={positions} is smaller than pretrain.seq_length={length}")
+    return BertConfig(**arguments)
+
+
+def _trained_config(name: str, length: int) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(name, local_files_only=Path(name).exists())
+    except (OSError, ValueError) as error:  # what transformers raises for missing, broken and unknown models
+        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"pretrain.model.max_position_embeddings={arguments['max_position_embeddings']} is smaller than "
-            f"pretrain.seq_length={pretrain.seq_length}"
+            f'pretrain.model="{name}" is neither a preset nor a trained model that can be loaded ({reason})'
+            f"{_did_you_mean(name, _PRESETS)}"
+        ) from None
+    if found.model_type not in _BERT_LIKE or found.is_decoder:
+        kind = "a decoder" if found.is_decoder else f'of type "{found.model_type}"'
+        raise ConfigError(
+            f'pretrain.model="{name}" is {kind}; pretrain.py goes on from {", ".join(_BERT_LIKE)}. For other families call '
+            "sctd_ds.initialize in a script of your own (docs/recipes.md)"
         )
-    return arguments
+    # RoBERTa counts positions from behind its padding id.
+    positions = found.max_position_embeddings - (0 if found.model_type == "bert" else found.pad_token_id + 1)
+    if positions < length:
+        raise ConfigError(f'pretrain.seq_length={length}, but pretrain.model="{name}" has only {positions} positions')
+    return found
 
 
 def _resolve_batch(config: dict[str, Any], world_size: int) -> tuple[int, int]:
@@ -513,6 +553,8 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
         inner = raw.setdefault(part, {})
         if part == "model" and isinstance(inner, str) and inner in _PRESETS:  # a preset, with one of its sizes changed
             inner = raw[part] = dict(_PRESETS[inner])
+        if part == "model" and isinstance(inner, str):
+            raise ConfigError(f'--set "{item}": pretrain.model="{inner}" is a trained model, whose sizes cannot be changed')
         if not isinstance(inner, dict):
             raise ConfigError(f'--set "{item}": "{part}" is not a block')
         raw = inner

@@ -19,10 +19,11 @@ IMPORTANCE = "importance.safetensors"
 
 @dataclass(frozen=True)
 class ImportanceTable:
-    """What a run had learned of its vocabulary: scores [V] fp32, and the share of the tokens that it dropped by them."""
+    """What a run had learned of its vocabulary: scores [V] fp32, by which policy, and the share of the tokens it dropped."""
 
     scores: Tensor
     drop_ratio: float
+    policy: str
 
 
 def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card: str | None = None) -> Path:
@@ -66,7 +67,8 @@ def read_importance(folder: str | Path) -> ImportanceTable | None:
         return None
     try:
         with safe_open(file, framework="pt") as content:
-            return ImportanceTable(content.get_tensor("scores"), float((content.metadata() or {})["drop_ratio"]))
+            about = content.metadata() or {}
+            return ImportanceTable(content.get_tensor("scores"), float(about["drop_ratio"]), about["importance"])
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{file}: not an importance table that can be read ({error}); export the model again") from None
 

@@ -117,7 +117,7 @@ class RandomImportance(Importance):
 
     def selection(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         # One random score per position: the position's number plays the id.
-        random = torch.rand(input_ids.numel(), device=input_ids.device)
+        random = torch.rand(input_ids.numel(), dtype=torch.float32, device=input_ids.device)
         pinned = torch.isin(input_ids.flatten(), self.keep_token_ids)
         positions = torch.arange(input_ids.numel(), device=input_ids.device)
         return torch.where(pinned, PINNED, random), positions.view_as(input_ids)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 
 from sctd_ds import apex, config, data, report
-from sctd_ds.config import RunConfig
-from sctd_ds.encoder import convert, state_of
+from sctd_ds.config import ConfigError, RunConfig
+from sctd_ds.encoder import convert, importance, state_of
+from sctd_ds.huggingface import read_importance
 from sctd_ds.probe import Probe
 from sctd_ds.schedule import Shape, mean_cost
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
@@ -25,7 +30,7 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
             answer[0] = data.prepare(
                 spec,
                 Path("data") / "cache",
-                tokenizer=options.tokenizer,
+                tokenizer=options.tokenizer or options.trained_model,
                 vocab_size=options.vocab_size,
                 seq_length=options.seq_length,
                 seed=options.seed,
@@ -42,30 +47,73 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
             f"{path}: {len(packed.train)} training rows are fewer than one batch of {run.global_batch}: "
             "add text, or lower train_batch_size or pretrain.seq_length"
         )
+    if options.trained_model:
+        data.check_tokenizer(packed, options.trained_model)
     return packed
 
 
-def build_model(run: RunConfig, packed: data.PackedData) -> transformers.BertForMaskedLM:
-    """The run's model in fp32, initialised from its seed, converted, and compiled where the run asks for it."""
-    tokenizer, multiple = packed.tokenizer, run.pretrain.pad_vocab_to
+def build_model(run: RunConfig, packed: data.PackedData) -> transformers.PreTrainedModel:
+    """The run's model in fp32, new or trained before, converted, and compiled where the run asks for it.
+
+    A new one is initialised from the run's seed. Raises ConfigError for a trained one that cannot be loaded.
+    """
+    tokenizer, trained = packed.tokenizer, run.pretrain.trained_model
     transformers.set_seed(run.pretrain.seed)
-    model = transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            **config.model_arguments(run.pretrain),
-            vocab_size=-(-len(tokenizer) // multiple) * multiple,
-            pad_token_id=tokenizer.pad_token_id,
+    model = _load_trained(trained) if trained else _new_model(run, tokenizer)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ConfigError(
+            f'pretrain.model="{trained}" embeds {model.config.vocab_size} ids, its tokenizer has {len(tokenizer)}'
         )
-    )
     if run.pretrain.layer_norm == "apex":
         apex.fuse_layer_norms(model)
     settings: dict[str, Any] = {"labels_per_row": labels_per_row(run, packed)}
     if run.sctd.keep_token_ids == "auto":
         settings["keep_token_ids"] = [getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask")]
     convert(model, run.sctd.model_copy(update=settings))
+    if trained:
+        _take_importance(model, trained)
     wanted = run.pretrain.compile
     if wanted is True or (wanted == "auto" and get_accelerator().device_name() == "cuda"):
         state_of(model).encoder.compile()
     return model
+
+
+def _new_model(run: RunConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedModel:
+    sizes, multiple = config.model_config(run.pretrain), run.pretrain.pad_vocab_to
+    assert isinstance(sizes, transformers.BertConfig)
+    sizes.vocab_size = -(-len(tokenizer) // multiple) * multiple
+    sizes.pad_token_id = tokenizer.pad_token_id
+    return transformers.BertForMaskedLM(sizes)
+
+
+def _load_trained(name: str) -> transformers.PreTrainedModel:
+    """A Hugging Face folder's or Hub model's weights, ready to train. What lacks an output head gets a new one, and says so."""
+    try:
+        model, found = transformers.AutoModelForMaskedLM.from_pretrained(
+            name, dtype=torch.float32, local_files_only=Path(name).exists(), output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+        )  # fmt: skip
+    except Exception as error:  # OSError, SafetensorError, RuntimeError, pickle's own ...: all say what is wrong with the file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f'pretrain.model="{name}": its weights cannot be loaded ({reason})') from None
+    missing = sorted(key for key in found["missing_keys"] if key.startswith(model.base_model_prefix + "."))
+    mismatched = sorted(key for key, *_ in found["mismatched_keys"])
+    if missing or mismatched:
+        what = f"lack {missing[0]}" if missing else f"have another size of {mismatched[0]}"
+        raise ConfigError(f'pretrain.model="{name}": its weights {what}, they are not those of its config.json')
+    if found["missing_keys"]:
+        logger.warning("%s has no masked-LM head: a new one is trained", name)
+    return model.train()
+
+
+def _take_importance(model: transformers.PreTrainedModel, trained: str) -> None:
+    """Go on with the importance table that an earlier run of ours has left in the folder, if the same policy learned it."""
+    try:
+        table = read_importance(trained)
+    except ValueError as error:
+        raise ConfigError(f'pretrain.model="{trained}": {error}') from None
+    if table is not None and table.policy == state_of(model).config.importance == "loss":
+        importance(model).load_state_dict({"scores": table.scores})
 
 
 def labels_per_row(run: RunConfig, packed: data.PackedData) -> int:
@@ -73,7 +121,7 @@ def labels_per_row(run: RunConfig, packed: data.PackedData) -> int:
     return data.Masker(packed.tokenizer, 0, run.pretrain.mlm_probability).labels_per_row(run.pretrain.seq_length)
 
 
-def shape_of(model: transformers.BertForMaskedLM, run: RunConfig, packed: data.PackedData) -> Shape:
+def shape_of(model: transformers.PreTrainedModel, run: RunConfig, packed: data.PackedData) -> Shape:
     """The sizes that decide a step's cost."""
     sizes = model.config
     return Shape(
@@ -86,16 +134,14 @@ def shape_of(model: transformers.BertForMaskedLM, run: RunConfig, packed: data.P
     )
 
 
-def describe(model: transformers.BertForMaskedLM, run: RunConfig, packed: data.PackedData) -> str:
+def describe(model: transformers.PreTrainedModel, run: RunConfig, packed: data.PackedData) -> str:
     """The line a run starts with."""
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    stages = run.pretrain.stages
+    stages, trained = run.pretrain.stages, run.pretrain.trained_model
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters" + (f" of {trained}" if trained else "")
+    rows = f"{len(packed.train):,} rows of {run.pretrain.seq_length} tokens to train on, {len(packed.validation):,} to validate"
     who = "ranks" if stages == 1 else f"pipelines of {stages} stages"
-    return (
-        f"{run.name}: {millions:.1f}M parameters, {len(packed.train):,} rows of {run.pretrain.seq_length} tokens to train on, "
-        f"{len(packed.validation):,} to validate; a step is {run.world_size} {who} x {run.micro_batch} rows x "
-        f"{run.accumulation} micro-batches"
-    )
+    step = f"{run.world_size} {who} x {run.micro_batch} rows x {run.accumulation} micro-batches"
+    return f"{run.name}: {size}, {rows}; a step is {step}"
 
 
 def forecast(run: RunConfig, shape: Shape, measured: Probe, folder: Path) -> str:

@@ -100,8 +100,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop records beyond `step`: the run resumes there and will write them again."""
-    kept = [record for record in read(path) if record["step"] <= step]
+    """Drop records beyond `step`: the run resumes there and will write them again. One that starts anew drops all."""
+    kept = [record for record in read(path) if 0 < step >= record["step"]]
     if path.exists():
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

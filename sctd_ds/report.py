@@ -55,7 +55,9 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, folder: Path) -> di
         "method": run.sctd.method,
         "steps": train[-1]["step"] if train else 0,
         "loss": {"first": train[0]["loss"], "last": train[-1]["loss"]} if train else {},
+        "trained_model": run.pretrain.trained_model,
         "validation": validation[-1] if validation else {},
+        "validation_before": next((r for r in validation if r["step"] == 0), {}),
         "flops_saved": flops_saved(shape, run.sctd),
         "flops_per_sequence": flops,
         "kept_token_share": 1.0
@@ -113,7 +115,8 @@ def text(report: Mapping[str, Any], folder: Path) -> str:
         lines.append(f"  training loss    {report['loss']['first']:.3f} -> {report['loss']['last']:.3f}")
     validation = report["validation"]
     if validation:
-        line = f"  validation loss  {validation['loss_full']:.3f}"
+        before = f"{report['validation_before']['loss_full']:.3f} -> " if report["validation_before"] else ""
+        line = f"  validation loss  {before}{validation['loss_full']:.3f}"
         if "loss_drop" in validation:
             line += f" with all tokens, {validation['loss_drop']:.3f} with half of them dropped in the middle layers"
             line = line.replace("half of them", f"{1 - report['kept_token_share']:.0%}")
@@ -158,6 +161,7 @@ def card(report: Mapping[str, Any], run: RunConfig, data: Mapping[str, Any]) -> 
         f"layers, both passes are aligned with interval {sctd.interval}, kl_weight {sctd.kl_weight})",
     }[sctd.method]
     validation = report["validation"].get("loss_full")
+    started = f"| going on from | {report['trained_model']} |\n" if report["trained_model"] else ""
     return f"""---
 library_name: transformers
 pipeline_tag: fill-mask
@@ -170,7 +174,7 @@ Loaded from here it is a plain BERT that sees every token in every layer.
 | | |
 |---|---|
 | steps x batch | {report["steps"]} x {run.global_batch} sequences of {run.pretrain.seq_length} tokens |
-| training text | {", ".join(str(s) for s in data.get("sources", []))} |
+{started}| training text | {", ".join(str(s) for s in data.get("sources", []))} |
 | validation loss (masked LM, all tokens) | {"not measured" if validation is None else f"{validation:.4f}"} |
 | time saved against a dense step | {"not measured" if report["time_saved"] is None else f"{report['time_saved']:.1%}"} |
 | device | {report["environment"]["device"]} |

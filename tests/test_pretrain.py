@@ -14,11 +14,15 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, launch, launch_command, launch_environment, settings, write_settings
+from safetensors.torch import save_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 sys.path.insert(0, str(ROOT))
 
 import pretrain
-from sctd_ds import checkpoint, job, metrics
+import sctd_ds
+from sctd_ds import checkpoint, config, data, job, metrics
+from sctd_ds.huggingface import read_importance
 
 INTERVAL, EPOCH = 4, 5  # steps; see conftest
 RESUMED = (1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * EPOCH)
@@ -70,8 +74,6 @@ def test_resumed_run_is_the_run_that_never_stopped(resumed, step):
 
 
 def test_run_writes_what_it_promises(resumed):
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
-
     run = resumed / "whole"
     train = [r for r in metrics.read(run / "metrics.jsonl") if r["event"] == "train"]
     assert [r["kind"] for r in train] == ["align" if t % INTERVAL == 0 else "drop" for t in range(1, 15)]
@@ -265,6 +267,92 @@ def test_a_lost_launcher_means_save_and_stop(mini, monkeypatch):
     monkeypatch.setattr(os, "getppid", iter([1, 1, 2, 2, 2]).__next__)
     assert mini(pretrain={**FEW, "save_every": 0}) == 143
     assert [p.name for p in (mini.folder / "run" / "checkpoints").glob("step_*")] == ["step_00000002"]
+
+
+@pytest.fixture(scope="module")
+def trained(small_data, tmp_path_factory):
+    """A finished run of four steps, to go on from: its folder, with model/ inside."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_settings(folder / "mini.json", pretrain=FEW)
+    assert pretrain.main(["--deepspeed_config", str(config), "--data", str(small_data), "--output", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_going_on_from_a_trained_model_takes_its_weights_tokenizer_and_table(mini, trained, small_data, capsys):
+    model = trained / "model"
+    run = config.load(settings(), [f"pretrain.model={model}"])
+    built = job.build_model(run, data.load(small_data))
+    plain = AutoModelForMaskedLM.from_pretrained(model).state_dict()
+    assert built.training and built.state_dict().keys() == plain.keys()
+    assert all(torch.equal(value, plain[name]) for name, value in built.state_dict().items())
+    table = sctd_ds.importance(built).scores
+    assert torch.equal(table, read_importance(model).scores) and table.unique().numel() > 2
+
+    text = str(small_data.parent / "text.txt")  # raw text is cut by the model's tokenizer
+    assert mini("--set", f"pretrain.model={model}", "--data", text, pretrain=FEW) == 0
+    ended = [r for r in metrics.read(trained / "metrics.jsonl") if r["event"] == "validation"][-1]
+    began, *_, after = [r for r in metrics.read(mini.folder / "run" / "metrics.jsonl") if r["event"] == "validation"]
+    assert (began["step"], after["step"]) == (0, 4) and after["loss_full"] < began["loss_full"]
+    assert "loss_full" in ended
+    assert f"{began['loss_full']:.3f} -> {after['loss_full']:.3f}" in capsys.readouterr().out
+    assert str(model) in (mini.folder / "run" / "model" / "README.md").read_text()
+
+
+def test_the_first_validation_of_a_trained_model_is_its_last_one(mini, trained):
+    assert mini("--set", f"pretrain.model={trained / 'model'}", pretrain=FEW) == 0
+    ended = [r for r in metrics.read(trained / "metrics.jsonl") if r["event"] == "validation"][-1]
+    began = metrics.read(mini.folder / "run" / "metrics.jsonl")[0]
+    same = ("loss_full", "loss_drop", "kl_last", "cosine_previous")  # the table is the same, too, and so is what is dropped
+    assert began["step"] == 0 and [began[key] for key in same] == pytest.approx([ended[key] for key in same], abs=1e-6)
+
+
+def test_going_on_from_roberta(mini, small_data):
+    tokenizer = data.load(small_data).tokenizer
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    roberta = RobertaForMaskedLM(RobertaConfig(
+        **sizes, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=32 + tokenizer.pad_token_id + 1,
+    ))  # fmt: skip
+    for part in (roberta, tokenizer):
+        part.save_pretrained(mini.folder / "roberta")
+    assert mini("--set", f"pretrain.model={mini.folder / 'roberta'}", pretrain=FEW) == 0
+    assert type(AutoModelForMaskedLM.from_pretrained(mini.folder / "run" / "model")) is RobertaForMaskedLM
+
+
+def _changed_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda model: shutil.rmtree(model), "neither a preset nor a trained model that can be loaded"),
+        (lambda model: _changed_config(model, model_type="distilbert"), "docs/recipes.md"),
+        (lambda model: _changed_config(model, is_decoder=True), "a decoder"),
+        (lambda model: _changed_config(model, num_hidden_layers=3), "at least 4"),
+        (lambda model: _changed_config(model, num_hidden_layers=5), "its weights lack bert.encoder.layer.4"),
+        (lambda model: _changed_config(model, hidden_size=64), "have another size of bert.embeddings"),
+        (lambda model: _changed_config(model, max_position_embeddings=16), "has only 16 positions"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"x" * 100), "its weights cannot be loaded"),
+        (lambda model: (model / "tokenizer.json").unlink(), "has no vocabulary"),
+        (lambda model: save_file({}, model / "importance.safetensors"), "not an importance table"),
+        (lambda model: _other_tokenizer(model), "is not that of"),
+    ],
+)
+def test_a_trained_model_that_will_not_do_is_refused_with_the_reason(mini, trained, capsys, damage, message):
+    shutil.copytree(trained / "model", mini.folder / "model")
+    damage(mini.folder / "model")
+    assert mini("--set", f"pretrain.model={mini.folder / 'model'}") == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (mini.folder / "run" / "checkpoints").exists()
+
+
+def _other_tokenizer(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(model)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from conftest import ROOT, launch
+from packaging.version import Version
 from trainer_scenarios import KEPT_IDS, METHOD, VOCABULARY, Text, model, train
 
 import sctd_ds
@@ -159,6 +161,8 @@ def test_an_accelerate_loop_saves_and_resumes_exactly(tmp_path):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
+    if Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("this Trainer cannot resume on several CPU ranks")
     folder = tmp_path_factory.mktemp("launched")
     done = launch(ROOT / "tests" / "trainer_scenarios.py", folder, ranks=2)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -4,7 +4,18 @@
 """
 
 from sctd_ds.data.batches import Loader, Masker, validation_batches
-from sctd_ds.data.packed import Meta, PackedData, build, load, prepare
+from sctd_ds.data.packed import Meta, PackedData, build, check_tokenizer, load, prepare
 from sctd_ds.data.sources import DataError
 
-__all__ = ["DataError", "Loader", "Masker", "Meta", "PackedData", "build", "load", "prepare", "validation_batches"]
+__all__ = [
+    "DataError",
+    "Loader",
+    "Masker",
+    "Meta",
+    "PackedData",
+    "build",
+    "check_tokenizer",
+    "load",
+    "prepare",
+    "validation_batches",
+]

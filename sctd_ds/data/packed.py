@@ -196,6 +196,16 @@ def load(path: str | Path, *, seq_length: int | None = None, verify: bool = Fals
     )
 
 
+def check_tokenizer(packed: PackedData, name: str) -> None:
+    """DataError unless the rows were made with the tokenizer `name` (a folder or Hub name): its ids would mean other words."""
+    theirs = _load_tokenizer(name)
+    if theirs.get_vocab() != packed.tokenizer.get_vocab() or _special_ids(theirs) != _special_ids(packed.tokenizer):
+        raise DataError(
+            f"{packed.path}: its tokenizer ({len(packed.tokenizer)} ids) is not that of {name} ({len(theirs)} ids); "
+            f"build it again with --tokenizer {name}, or give pretrain.py the text"
+        )
+
+
 def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) -> Path:
     """A built data set for whatever the user names: one that exists, or text, which is built once and found again later.
 
@@ -213,7 +223,9 @@ def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) 
     identities = [identity(source) for source in sources]
     tokenizer = build_options.get("tokenizer")
     if tokenizer and Path(tokenizer).is_dir():
-        facts = [(str(file), _file_facts(file)) for file in _regular_files(Path(tokenizer))]
+        weights = (".safetensors", ".bin")  # of a model that the tokenizer lies with
+        files = [file for file in _regular_files(Path(tokenizer)) if file.suffix not in weights]
+        facts = [(str(file), _file_facts(file)) for file in files]
         identities.append([f"{name} {digest}" for name, (_, digest) in facts])
     key = json.dumps([FORMAT, identities, sorted(build_options.items())], default=str)
     out = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -381,6 +393,8 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise DataError(f"{name}: only fast tokenizers (tokenizer.json) are supported, got {type(tokenizer).__name__}")
     if missing := [name for name, token_id in _special_ids(tokenizer).items() if token_id is None]:
         raise DataError(f"{name}: the tokenizer has no {', '.join(missing)} token; masked-LM training needs all five")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without one
+        raise DataError(f"{name}: the tokenizer has no vocabulary; is its tokenizer.json missing?")
     return tokenizer
 
 

@@ -80,7 +80,8 @@ class Model:
         content = torch.load(self.checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
         if settings["sctd.method"] == "dense" or settings["sctd.importance"] == "random":
             return content["module"], None
-        return content["module"], ImportanceTable(content["sctd"]["importance"]["scores"], settings["sctd.drop_ratio"])
+        scores = content["sctd"]["importance"]["scores"]
+        return content["module"], ImportanceTable(scores, settings["sctd.drop_ratio"], settings["sctd.importance"])
 
     @functools.cached_property
     def fingerprint(self) -> str:

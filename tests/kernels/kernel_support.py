@@ -43,7 +43,7 @@ def clean_slate(monkeypatch):
         def allocate_poisoned(*args, **kwargs):
             out = allocate(*args, **kwargs)
             if type(out) is Tensor and out.dtype != torch.bool:
-                out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
+                out.detach().fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
             return out
 
         return allocate_poisoned
