@@ -30,7 +30,7 @@ from tqdm import tqdm
 import sctd_ds
 from benchmarks.ablation_tables import BEGAN, LAYERS, REPORT, Run, Runs, in_order, write
 from benchmarks.harness import ROOT, commit
-from sctd_ds.config import ConfigError, RunConfig, differences, load, model_arguments
+from sctd_ds.config import ConfigError, RunConfig, differences, load, model_config
 from sctd_ds.eval import EvalError
 from sctd_ds.eval.store import Model
 from sctd_ds.eval.tasks import PROBES, TASKS
@@ -113,7 +113,7 @@ def plan(options: argparse.Namespace) -> dict[str, dict[str, list[Run]]]:
         raise ConfigError(f"--tasks {','.join(options.tasks)}: needs --data-dir, the folder with the tasks' data")
     if base.sctd.method != "sctd":
         raise ConfigError(f'{options.config}: sctd.method is "{base.sctd.method}"; the base of an ablation must be "sctd"')
-    settings, layers = base.flat(), model_arguments(base.pretrain).get("num_hidden_layers", 12)
+    settings, layers = base.flat(), model_config(base.pretrain).num_hidden_layers
     runs: dict[str, dict[str, list[Run]]] = {}
     for sweep in options.sweep:
         known = SWEEPS[sweep]
@@ -180,7 +180,7 @@ def evaluate(run: Run, options: argparse.Namespace, timed: bool) -> None:
     folder = run.folder(options.out)
     models, (config, _) = [f"{run.name}={folder}"], configured(run, options)
     # Probes look at the dropped pass, too, for which a shallower dense model may be too shallow.
-    tasks = [*(PROBES if model_arguments(config.pretrain).get("num_hidden_layers", 12) >= 4 else ()), *options.tasks]
+    tasks = [*(PROBES if model_config(config.pretrain).num_hidden_layers >= 4 else ()), *options.tasks]
     if not tasks:
         return
     if timed:

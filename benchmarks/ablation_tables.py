@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import BertConfig
-
 from sctd_ds import metrics
-from sctd_ds.config import RunConfig, model_arguments
+from sctd_ds.config import RunConfig, model_config
 from sctd_ds.eval.report import mean_of, paired_p, table
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 from sctd_ds.schedule import Shape, part_flops
@@ -178,7 +176,7 @@ def operations(run: Run, report: Mapping[str, Any], base: RunConfig) -> float:
 
     The base's dense step is the run's own and the layers that the run lacks: no other run need be finished.
     """
-    sizes = BertConfig(**model_arguments(base.pretrain))
+    sizes = model_config(base.pretrain)
     layers, length = sizes.num_hidden_layers, base.pretrain.seq_length
     # Vocabulary and labels cost in the head and the last layer, which every run has: they say nothing of a whole layer.
     shape = Shape(layers, sizes.hidden_size, sizes.intermediate_size, vocabulary=0, length=length, labels=0)
