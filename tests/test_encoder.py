@@ -118,6 +118,16 @@ def test_random_policy_keeps_pinned_ids_and_different_positions_each_time():
         assert (selection.kept == 0).any(1).all() and (selection.kept == 20).any(1).all() and selection.kept.shape == (4, 16)
 
 
+def test_random_policy_in_a_half_precision_program():
+    x = model(importance="random")
+    wrapped = state_of(x).adapter.batch((), batch())
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert state_of(x).select(wrapped).kept.shape == (4, 16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_frequency_policy_prefers_rare_labels():
     x = model(importance="frequency")
     sctd_ds.set_mode(x, "drop")
