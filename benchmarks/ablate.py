@@ -120,6 +120,9 @@ def plan(options: argparse.Namespace) -> dict[str, dict[str, list[Run]]]:
         for variant, changes in known.items():
             if options.variants and variant not in options.variants:
                 continue
+            if LAYERS in changes and base.pretrain.trained_model:
+                print(f"{variant}: left out, for {base.pretrain.trained_model} has the layers that it has", file=sys.stderr)
+                continue
             changes = {key: value(layers) if callable(value) else value for key, value in changes.items()}
             # What the base sets already is no change: so "Fi=10", "lambda=0.05" and "sctd" are one run.
             real = tuple(sorted((key, value) for key, value in changes.items() if settings.get(key) != value))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, write_settings
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, BertConfig
 
 from benchmarks import ablate
-from benchmarks.ablate import configured, plan, tabulate
+from benchmarks.ablate import SWEEPS, configured, plan, tabulate
 from benchmarks.ablation_tables import BEGAN, PAPER, Run, in_order, measured, operations, score
 from sctd_ds import ConfigError, ScTDConfig
 from sctd_ds.config import load
@@ -49,6 +49,13 @@ def test_fewer_layers_is_a_dense_model_of_about_the_operations_of_token_drop(tmp
     (run, *_) = plan(options)["method"]["fewer layers"]
     of = configured(run, options)[0]
     assert of.sctd.method == "dense" and of.pretrain.model["num_hidden_layers"] == layers
+
+
+def test_a_trained_model_has_no_variant_of_fewer_layers(tmp_path, capsys):
+    BertConfig(num_hidden_layers=12, max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    options = ablation_options(tmp_path, sweep=["method"], overrides=[f"pretrain.model={tmp_path / 'model'}"])
+    assert set(plan(options)["method"]) == {*SWEEPS["method"]} - {"fewer layers"}
+    assert "fewer layers: left out" in capsys.readouterr().err
 
 
 def test_rows_of_table_4_learn_the_terms_they_are_named_after(tmp_path):
