@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     run = config.load(arguments.deepspeed_config, arguments.overrides, world)
     for note in run.notes:
         logger.info("%s", note)
+    if run.pretrain.deterministic:
+        job.be_deterministic()
     folder = Path(arguments.output or run.pretrain.output.format(name=run.name))
     checkpoints = folder / "checkpoints"
     found = None if arguments.dry_run else checkpoint.find(checkpoints, arguments.resume)

@@ -120,6 +120,9 @@ class PretrainConfig(_Block):
     """Threads per rank that prepare batches ahead; they change speed only."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile of the encoder layers; "auto": on GPUs."""
+    deterministic: bool = False
+    """Only kernels that always round alike, so that equal runs are equal bit for bit on a GPU too, where attention's backward
+    otherwise adds in any order; slower. A CPU needs it not."""
     layer_norm: Literal["torch", "apex"] = "torch"
     """"apex": NVIDIA apex's FusedLayerNorm, where its compiled parts are there. It stays outside of compiled layers."""
     precision: Literal["auto", "strict"] = "auto"
@@ -162,7 +165,8 @@ _RESOLVED_AUTO = {
 RUN_ONLY_KEYS = frozenset(
     f"pretrain.{key}"
     for key in (
-        "log_every validation_every validation_rows save_every keep_last probe_steps num_workers output precision data"
+        "log_every validation_every validation_rows save_every keep_last probe_steps num_workers output precision data "
+        "deterministic"
     ).split()
 ) | {
     "steps_per_print", "wall_clock_breakdown", "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,19 @@ from sctd_ds.probe import Probe
 from sctd_ds.schedule import Shape, mean_cost
 
 logger = logging.getLogger(__name__)
+
+
+def be_deterministic() -> None:
+    """Let this process repeat bit for bit on a GPU: kernels without free orders of addition. Before the first CUDA call."""
+    import torch._inductor.config
+    import torch.utils.deterministic
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
+    # Not warn_only: only the strict mode makes attention's backward deterministic.
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch._inductor.config.deterministic = True  # no choice between kernels by their time
 
 
 def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:

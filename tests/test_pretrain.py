@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import pretrain
 import sctd_ds
-from sctd_ds import checkpoint, config, data, job, metrics
+from sctd_ds import checkpoint, config, data, engine, job, metrics
 from sctd_ds.huggingface import read_importance
 
 INTERVAL, EPOCH = 4, 5  # steps; see conftest
@@ -168,6 +168,27 @@ def test_loader_workers_change_nothing(mini):
     assert mini(output="none", pretrain=FEW) == 0
     assert mini(output="two", pretrain={**FEW, "num_workers": 2}) == 0
     assert records(mini.folder / "none") == records(mini.folder / "two")
+
+
+def test_deterministic_kernels_where_they_are_asked_for(mini, monkeypatch):
+    """On a CPU they are the usual ones. The strict mode is on while the model trains, and nothing in a step refuses it."""
+    modes, agree = [], engine.ScTDEngine._agree
+
+    def watch(self):
+        warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        modes.append((torch.are_deterministic_algorithms_enabled(), warns_only, torch._inductor.config.deterministic))
+        agree(self)
+
+    monkeypatch.setattr(engine.ScTDEngine, "_agree", watch)
+    try:
+        assert mini(output="usual", pretrain=FEW) == 0
+        assert mini(output="strict", pretrain={**FEW, "deterministic": True}) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch._inductor.config.deterministic = False
+    assert modes == [(False, False, False)] * 4 + [(True, False, True)] * 4
+    assert_same_end(mini.folder / "usual", mini.folder / "strict")
 
 
 def test_damaged_checkpoints_are_named_and_passed_over(mini, capsys, caplog):
