@@ -27,14 +27,16 @@ def free_port() -> int:
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
-def launch(script: str | Path, *arguments: object, ranks: int, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
+def launch(
+    script: str | Path, *arguments: object, ranks: int, device: str = "cpu", timeout: float = 1200
+) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus RANKS script arguments`, output captured; stdout and stderr come back together.
 
-    Whatever becomes of the run, it must leave no shared memory behind.
+    device: DeepSpeed's name of it, "cpu" or "cuda". Whatever becomes of the run, it must leave no shared memory behind.
     """
     command = launch_command(script, *arguments, ranks=ranks)
     done = subprocess.run(
-        command, cwd=ROOT, text=True, timeout=timeout, env=launch_environment(),
+        command, cwd=ROOT, text=True, timeout=timeout, env={**launch_environment(), "DS_ACCELERATOR": device},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
     port = command[command.index("--master_port") + 1]

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from deepspeed.ops.random_ltd import dropping_utils
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from benchmarks import kernels, profiling, random_ltd, steps, table5, train_step
+from benchmarks import gpu, kernels, profiling, random_ltd, steps, table5, train_step
 from benchmarks.steps import ALIGN, BY_NAME, HUGGING_FACE, RANDOM_LTD, SEPARATE, VARIANTS, Case, Setup, Trainer
 from benchmarks.train_step import Measured
 from sctd_ds.encoder import state_of
@@ -410,3 +411,38 @@ def test_percentiles_are_of_the_steps():
     values = [float(i) for i in range(1, 12)]
     assert train_step.quantiles(values) == (3.0, 9.0)
     assert statistics.median(values) == 6.0
+
+
+def test_checks_that_fail_or_hang_stop_no_other_and_are_named(tmp_path, monkeypatch, capsys):
+    python = [gpu.PYTHON, "-c"]
+    checks = {
+        "first": gpu.Check("fails", (*python, "print('why'); raise SystemExit(3)")),
+        "second": gpu.Check("passes", (*python, "import benchmarks, sctd_kernels; open('{out}/made', 'w')")),
+        "third": gpu.Check("hangs", (*python, "import time; time.sleep(600)")),
+        "fourth": gpu.Check("is not begun", (*python, "open('{out}/begun', 'w')")),
+    }
+    monkeypatch.setattr(gpu, "CHECKS", checks)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.Environment, "collect", lambda: SimpleNamespace(device="X", torch="1", triton="2", commit="3"))
+    assert gpu.main(["--out", str(tmp_path), "--only", "first", "second"]) == 1
+    out = capsys.readouterr().out
+    assert "failed with status 3" in out and "1 of 2 passed; look at first" in out
+    assert (tmp_path / "made").exists() and (tmp_path / "logs" / "first.log").read_text() == "why\n"
+    results = gpu.run({name: checks[name] for name in ("third", "fourth")}, tmp_path, minutes=0.05)
+    assert results["third"].startswith(gpu.CUT_OFF)
+    assert results["fourth"] == gpu.NOT_STARTED and not (tmp_path / "begun").exists()
+
+
+@without_gpu
+def test_gpu_checks_say_what_they_need(capsys):
+    assert gpu.main([]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_gpu_checks_are_commands_that_exist():
+    for check in gpu.CHECKS.values():
+        module = check.command[check.command.index("-m") + 1]
+        assert module in ("pytest", "deepspeed.launcher.runner") or (ROOT / f"{module.replace('.', '/')}.py").is_file()
+        assert all(
+            (ROOT / part).exists() for part in check.command if part.endswith((".json", ".py")) or part.startswith("tests/")
+        )

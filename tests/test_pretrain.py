@@ -73,6 +73,28 @@ def test_resumed_run_is_the_run_that_never_stopped(resumed, step):
     assert_same_end(resumed / "whole", resumed / f"from_{step}")
 
 
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_resumed_run_in_16_bits_is_the_run_that_never_stopped(small_data, tmp_path, device):
+    """fp16, which is bf16 on a CPU; on a GPU compiled, and with steps at the start that overflow."""
+    how = {"steps": 12, "save_every": 6, "validation_every": 6, "deterministic": True}
+    fp16 = {"enabled": True, "initial_scale_power": 32, "hysteresis": 1}
+    config = write_settings(tmp_path / "mini.json", fp16=fp16, pretrain=how)
+    whole, continued = tmp_path / "whole", tmp_path / "continued"
+    for output in (whole, continued):
+        if output is continued:
+            shutil.copytree(whole, continued)
+            shutil.rmtree(continued / "checkpoints" / "step_00000012")
+        arguments = ("--deepspeed_config", config, "--data", small_data, "--output", output)
+        done = launch(ROOT / "pretrain.py", *arguments, ranks=1, device=device)
+        assert done.returncode == 0, done.stdout[-3000:]
+    assert "continuing from" in done.stdout and "step_00000006" in done.stdout
+    assert (records(whole)[-2]["skipped_steps"] > 0) == (device == "cuda")
+    assert_same_end(whole, continued)
+
+
 def test_run_writes_what_it_promises(resumed):
     run = resumed / "whole"
     train = [r for r in metrics.read(run / "metrics.jsonl") if r["event"] == "train"]
