@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def be_deterministic() -> None:
-    """Let this process repeat bit for bit on a GPU: kernels without free orders of addition. Before the first CUDA call."""
+    """Let this process repeat bit for bit on a GPU: kernels that add in one order only. Call it before any matrix product."""
     import torch._inductor.config
     import torch.utils.deterministic
 
