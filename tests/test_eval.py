@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from sctd_ds.eval.store import Model
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 from sctd_ds.grammar import Language
 from sctd_ds.grammar import main as write_grammar
+from sctd_ds.importance import PINNED
 
 TINY = Limits(max_steps=2, max_train=48, max_eval=24)
 
@@ -466,9 +468,43 @@ def test_answers_are_found_in_windows(model_folder):
     assert values["exact_match"] == values["best_f1"] == 100
 
 
-def test_folders_that_are_no_models_are_named(tmp_path):
-    with pytest.raises(EvalError, match=r"no config.json and no tokenizer_config.json"):
+def test_folders_that_are_no_models_are_named(model_folder, tmp_path):
+    with pytest.raises(EvalError, match=r"no config.json and no tokenizer_config.json and no weights"):
         Model("x", str(tmp_path)).check()
+    half = shutil.copytree(model_folder, tmp_path / "half")
+    assert Model("x", str(half)).check()
+    (half / "model.safetensors").unlink()
+    (half / "importance.safetensors").touch()  # of a run's model, but no model
+    with pytest.raises(EvalError, match=r"half: no weights \(model.safetensors\); expected"):
+        Model("x", str(half)).check()
+    (half / "pytorch_model.bin").touch()
+    (half / "config.json").write_text("{")
+    with pytest.raises(EvalError, match=r"half: no model that can be loaded \(.*not a valid JSON file"):
+        Model("x", str(half)).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing/folder", "no such folder, nor a Hub name that can be reached ("),
+        ("missing", "no such folder, nor a Hub name that can be reached ("),
+        ("a/b/c", "no such folder, nor a Hub name that can be reached (Repo id"),
+        (f"{Path(__file__).parent}/missing", "no such folder; expected"),
+        (__file__, "no such folder; expected"),
+    ],
+)
+def test_a_model_that_is_not_there_is_said_in_one_line(name, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main([f"x={name}", "--suite", "drift", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {name}: {message}")
+
+
+def test_help_names_every_task(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out.replace("\n", " ").split("some only, probes too:")[1].split("--seeds")[0]
+    assert [*TASKS, *PROBES] == [name.strip() for name in shown.split(",")]
 
 
 # Probes and drift.
@@ -585,6 +621,7 @@ def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_
 
     texts = list(Language().documents(60))
     network, tokenizer = trained(model_folder)
+    sctd_ds.importance(network).scores[50] = PINNED  # what a run keeps beside the tokenizer's special tokens
     own = Model("own", str(sctd_ds.export(network, tmp_path / "own", tokenizer)))
     opened = analysis.open_model(own)
     rows = analysis.windows(opened, texts, 32, 8)
@@ -640,8 +677,6 @@ def run_folder(model_folder, tmp_path_factory) -> tuple[Path, dict[int, torch.Te
 
 
 def test_checkpoints_of_a_run_are_the_model_at_their_step(run_folder, tmp_path):
-    import shutil
-
     run, tables = run_folder
     exported = Model("run", str(run / "model"), run)
     first, last = exported.history()
@@ -668,8 +703,6 @@ def test_checkpoints_of_a_run_are_the_model_at_their_step(run_folder, tmp_path):
 
 
 def test_a_dense_runs_checkpoints_have_no_table(run_folder, tmp_path):
-    import shutil
-
     from sctd_ds import checkpoint
 
     copy = shutil.copytree(run_folder[0], tmp_path / "copy")
@@ -716,8 +749,6 @@ def test_drift_is_one_without_dropping_and_falls_with_it(model_folder):
 
 
 def test_a_sentence_embedding_is_the_mean_of_the_states_of_what_fits(model_folder, tmp_path):
-    import shutil
-
     import transformers
 
     folder = shutil.copytree(model_folder, tmp_path / "sentences")

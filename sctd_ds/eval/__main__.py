@@ -52,9 +52,8 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a Hugging Face folder, a run's folder, or NAME=FOLDER; the "
                         "first is what the others are compared with")  # fmt: skip
     parser.add_argument("--suite", nargs="+", choices=[*SUITES, "probe", "drift", "all"], default=["glue"])
-    parser.add_argument(
-        "--tasks", type=lambda text: text.split(","), metavar="A,B", help=f"some tasks only: {', '.join(TASKS)}"
-    )
+    known = ", ".join((*TASKS, *PROBES))
+    parser.add_argument("--tasks", type=lambda text: text.split(","), metavar="A,B", help=f"some only, probes too: {known}")
     parser.add_argument("--seeds", type=int, default=5, help="fine-tunings per model and task (default: %(default)s)")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="local data, asked before the local cache")
     parser.add_argument("--hub", action="store_true", help="download what is nowhere else")

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.huggingface import ImportanceTable, read_importance
+
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # whole, in shards, or as torch pickles them
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,24 @@ class Model:
     checkpoint: Path | None = None
 
     def check(self) -> Model:
-        """Self, or EvalError for a folder that is not a model with a tokenizer."""
+        """Self, or EvalError for what is neither the folder of a model with its tokenizer nor a Hub name within reach."""
         folder = Path(self.path)
         if folder.is_dir():
             missing = [f for f in ("config.json", "tokenizer_config.json") if not (folder / f).is_file()]
+            if not any(True for kind in WEIGHTS for _ in folder.glob(kind)):
+                missing.append("weights (model.safetensors)")
             if missing:
                 running = "; the run is not finished" if (folder / "checkpoints").is_dir() else ""
                 expected = "expected a Hugging Face folder, or a run's, which has one in model/"
                 raise EvalError(f"{folder}: no {' and no '.join(missing)}; {expected}{running}")
+        elif folder.exists() or ("/" in self.path and folder.parent.is_dir()):  # meant as a path: nobody asks the Hub for it
+            raise EvalError(f"{folder}: no such folder; expected a Hugging Face folder, a run's, or a Hub name")
+        try:
+            transformers.AutoConfig.from_pretrained(self.path, local_files_only=folder.is_dir())
+        except (OSError, ValueError) as error:  # what transformers raises for missing, broken and unknown models
+            what = "no model that can be loaded" if folder.is_dir() else "no such folder, nor a Hub name that can be reached"
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise EvalError(f"{self.path}: {what} ({reason})") from None
         return self
 
     @property
