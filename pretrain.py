@@ -22,7 +22,7 @@ import transformers
 from deepspeed.utils import logger as deepspeed_logger
 
 import sctd_ds
-from sctd_ds import checkpoint, config, data, job, probe, report
+from sctd_ds import checkpoint, config, data, job, probe, ranks, report
 from sctd_ds.engine import NonFiniteLossError, TrainingError, init_distributed
 from sctd_ds.metrics import Metrics
 from sctd_ds.pipeline import Pipeline
@@ -67,22 +67,26 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
-    run = config.load(arguments.deepspeed_config, arguments.overrides, world)
+    run = ranks.on_all(lambda: config.load(arguments.deepspeed_config, arguments.overrides, world))
     for note in run.notes:
         logger.info("%s", note)
     if run.pretrain.deterministic:
         job.be_deterministic()
     folder = Path(arguments.output or run.pretrain.output.format(name=run.name))
-    checkpoints = folder / "checkpoints"
-    found = None if arguments.dry_run else checkpoint.find(checkpoints, arguments.resume)
+    found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not arguments.dry_run)
+    origin = found or arguments.start_from
 
     packed = job.prepare_data(arguments.data or run.pretrain.data, run)
+    settings = {**run.flat(), "data.fingerprint": packed.meta.fingerprint}
+    if origin:
+        ranks.on_all(lambda: checkpoint.check(origin, settings, tuple(arguments.allow_change), steps=run.pretrain.steps,
+                                              other_layout=not found))  # fmt: skip
     masker = data.Masker(packed.tokenizer, run.pretrain.seed, run.pretrain.mlm_probability)
     # DeepSpeed numbers ranks stage by stage; all stages of a pipeline read the same rows.
     loader = data.Loader(packed.train, masker, micro_batch=run.micro_batch, accumulation=run.accumulation,
                          rank=rank % run.world_size, world=run.world_size, seed=run.pretrain.seed,
                          num_workers=run.pretrain.num_workers)  # fmt: skip
-    model = job.build_model(run, packed)
+    model = ranks.on_all(lambda: job.build_model(run, packed))
     shape = job.shape_of(model, run, packed)
     logger.info("%s", job.describe(model, run, packed))
 
@@ -98,20 +102,18 @@ def main(argv: list[str] | None = None) -> int:
     engine, *_ = sctd_ds.initialize(model=model, model_parameters=model.parameters(), config=run.deepspeed)
     # Ranks start from the same weights and go on with dropout of their own.
     torch.manual_seed(run.pretrain.seed + 1 + rank)
-    settings = {**run.flat(), "data.fingerprint": packed.meta.fingerprint}
-    if found:
-        position = checkpoint.load(engine, found, settings, tuple(arguments.allow_change))
+    if origin:
+        position = checkpoint.load(engine, origin) if found else checkpoint.start(engine, origin)
         loader.load_state_dict({"position": position})
-        logger.info("continuing from %s", found)
-    elif arguments.start_from:
-        position = checkpoint.start(engine, arguments.start_from, settings, tuple(arguments.allow_change))
-        loader.load_state_dict({"position": position})
-        logger.info("starting from %s", arguments.start_from)
+        logger.info("%s from %s", "continuing" if found else "starting", origin)
 
-    stopped = train(engine, loader, run, packed, masker, folder, settings)
+    metrics = Metrics(folder, start=engine.applied_steps, total=run.pretrain.steps, every=run.pretrain.log_every,
+                      keep=bool(found), monitor=engine.monitor, rank=rank)  # fmt: skip
+    stopped = train(engine, loader, run, packed, masker, metrics, folder, settings)
     if stopped:
         logger.info("stopped by a signal after step %d; the same command continues", engine.applied_steps)
         return 143
+    packed.tokenizer.model_max_length = max(packed.tokenizer.model_max_length, run.pretrain.seq_length)
     result = report.build(run, shape, measured, folder) if rank == 0 else {}
     text = report.card(result, run, vars(packed.meta)) if rank == 0 else None
     sctd_ds.export(engine, folder / "model", packed.tokenizer, text)
@@ -122,11 +124,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(engine: Any, loader: data.Loader, run: config.RunConfig, packed: data.PackedData, masker: data.Masker,
-          folder: Path, settings: dict[str, Any]) -> bool:  # fmt: skip
+          metrics: Metrics, folder: Path, settings: dict[str, Any]) -> bool:  # fmt: skip
     """From the engine's step to the last; returns whether a signal stopped it early. Saves before it returns."""
     options, rank = run.pretrain, dist.get_rank()
-    metrics = Metrics(folder, start=engine.applied_steps, total=options.steps, every=options.log_every,
-                      monitor=engine.monitor, rank=rank)  # fmt: skip
 
     def evaluate() -> dict[str, float]:
         batches = data.validation_batches(packed.validation, masker, batch_size=run.micro_batch, rank=rank % run.world_size,
@@ -161,6 +161,7 @@ def train(engine: Any, loader: data.Loader, run: config.RunConfig, packed: data.
             if last or (options.validation_every and step % options.validation_every == 0 and engine.was_step_applied()):
                 metrics.validation(step, evaluate(), samples)
             if last or engine.stop_agreed or (options.save_every and step % options.save_every == 0):
+                metrics.flush()  # a checkpoint stands for its steps: what is known of them must last as long
                 checkpoint.save(engine, folder / "checkpoints", settings, samples, options.keep_last)
             if engine.stop_agreed and not last:
                 return True
@@ -201,8 +202,10 @@ def run_and_report(argv: list[str] | None = None) -> int:
         problem, status = error, 2
     except TrainingError as error:
         problem, status = error, 3
-    if not dist.is_initialized() or dist.get_rank() == 0 or getattr(problem, "here", None):
-        print(f"pretrain.py: {problem}", file=sys.stderr)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    # What all ranks know is said once; what one rank alone knows, there.
+    if rank == 0 or not getattr(problem, "shared", False):
+        print(f"pretrain.py: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr)
     return status
 
 

@@ -26,6 +26,7 @@ from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
 from sctd_ds import config as configuration
+from sctd_ds import ranks
 
 logger = logging.getLogger(__name__)
 
@@ -83,34 +84,50 @@ def save(engine: Any, folder: Path, settings: Mapping[str, Any], position: int, 
     return final
 
 
-def find(folder: Path, resume: str) -> Path | None:
+def find(folder: Path, resume: str, tidy: bool = True) -> Path | None:
     """The newest complete and undamaged checkpoint, or None to start anew. Rank 0 looks, all ranks get its answer.
 
     resume: "auto" takes what there is, "must" raises CheckpointError when there is none, "never" raises it when there is
     one (so that nothing is overwritten). Damaged checkpoints are named and passed over; when all are damaged, that is an
-    error, because starting anew would hide it.
+    error, because starting anew would hide it. tidy: delete what a killed run left half written.
     """
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = _find(folder, resume)
-        except CheckpointError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise CheckpointError(answer[1])
-    return answer[0]
+    return ranks.on_first(lambda: _find(folder, resume, tidy))
 
 
-def load(engine: Any, checkpoint: Path, settings: Mapping[str, Any], allow_change: tuple[str, ...] = ()) -> int:
-    """Restore the engine from `checkpoint`; returns the loader's position. Other settings or ranks raise CheckpointError."""
+def check(
+    checkpoint: Path, settings: Mapping[str, Any], allow_change: tuple[str, ...] = (), *, steps: int, other_layout: bool = False
+) -> None:
+    """CheckpointError unless a run of `settings` and `steps` can go on from `checkpoint`; it only reads.
+
+    other_layout: for `start`, which verifies the files, accepts other ranks and stages, and wants a step to be left.
+    """
+    if other_layout:
+        problem = verify(checkpoint)
+        if problem:
+            raise CheckpointError(problem)
     stored = json.loads((checkpoint / _SETTINGS).read_text(encoding="utf-8"))
-    if stored["world_size"] != dist.get_world_size():
+    if not other_layout and stored["world_size"] != dist.get_world_size():
         raise CheckpointError(
             f"{checkpoint} was written by {stored['world_size']} ranks, this run has {dist.get_world_size()}: ZeRO keeps one "
             "share of the optimizer per rank. Start with the same number of ranks, or use another --output and --start-from"
         )
-    _compare(checkpoint, stored["settings"], settings, allow_change)
+    changed = configuration.differences(
+        stored["settings"], json.loads(json.dumps(settings)), (*allow_change, *(LAYOUT_KEYS if other_layout else ()))
+    )
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint} was trained with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the same settings, choose another --output, or allow a change with --allow-change KEY"
+        )
+    if stored["step"] + other_layout > steps:
+        raise CheckpointError(
+            f"{checkpoint} is at step {stored['step']}, and the run ends at step {steps}: raise pretrain.steps to go on"
+        )
+
+
+def load(engine: Any, checkpoint: Path) -> int:
+    """Restore the engine from a `checkpoint` that passed `check`; returns the loader's position."""
     try:
         path, client = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     except (RuntimeError, KeyError, EOFError) as error:
@@ -120,17 +137,12 @@ def load(engine: Any, checkpoint: Path, settings: Mapping[str, Any], allow_chang
     return client["position"]
 
 
-def start(engine: Any, checkpoint: Path, settings: Mapping[str, Any], allow_change: tuple[str, ...] = ()) -> int:
+def start(engine: Any, checkpoint: Path) -> int:
     """Go on from a checkpoint of another layout: other pipeline stages, ranks, ZeRO stage or split of the batch.
 
-    Weights, optimizer, learning rate, importance table, step and data position are those of the checkpoint; dropout draws
-    anew. Returns the loader's position. Raises CheckpointError for other settings, and for what is no such checkpoint.
+    Weights, optimizer, learning rate, importance table, step and data position are those of the checkpoint, which passed
+    `check`; dropout draws anew. Returns the loader's position.
     """
-    problem = verify(checkpoint)
-    if problem:
-        raise CheckpointError(problem)
-    stored = json.loads((checkpoint / _SETTINGS).read_text(encoding="utf-8"))
-    _compare(checkpoint, stored["settings"], settings, (*allow_change, *LAYOUT_KEYS))
     try:
         return restore(engine, checkpoint)
     except (RuntimeError, KeyError, EOFError) as error:
@@ -211,6 +223,8 @@ def _by_parameter(folder: Path, stage: str, names: Mapping[str, str]) -> Pieces:
 
 def verify(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
+    if not (checkpoint / _MANIFEST).is_file():
+        return f"{checkpoint} is no checkpoint of ours (it holds no {_MANIFEST}); they are RUN/checkpoints/step_..."
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -226,18 +240,8 @@ def verify(checkpoint: Path) -> str | None:
     return None
 
 
-def _compare(checkpoint: Path, stored: Mapping[str, Any], settings: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    changed = configuration.differences(stored, json.loads(json.dumps(settings)), allowed)
-    if changed:
-        raise CheckpointError(
-            f"{checkpoint} was trained with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nUse the same settings, choose another --output, or allow a change with --allow-change KEY"
-        )
-
-
-def _find(folder: Path, resume: str) -> Path | None:
-    for partial in folder.glob(_PARTIAL + "*"):  # left by a run that was killed while it wrote
+def _find(folder: Path, resume: str, tidy: bool) -> Path | None:
+    for partial in folder.glob(_PARTIAL + "*") if tidy else ():
         shutil.rmtree(partial, ignore_errors=True)
     candidates = sorted((p for p in folder.glob("step_*") if _NAME.match(p.name)), reverse=True)
     if resume == "never":

@@ -82,8 +82,8 @@ class PretrainConfig(_Block):
     model: str | dict[str, Any] = "bert-base"
     """"bert-base", "bert-large", or keyword arguments of transformers.BertConfig: a new BERT, whose vocabulary comes from the
     tokenizer; `--set pretrain.model.num_hidden_layers=9` changes one argument of either. Any other name is that of a trained
-    masked-LM model with BERT's layers, a Hugging Face folder or a Hub name, to go on from: its weights, its tokenizer and,
-    where the folder has one, its importance table."""
+    masked-LM model with BERT's layers, a Hugging Face folder or a Hub name, to go on from: its weights, its tokenizer and, of
+    a folder that has one, the importance table. Keep the folder while the run lasts: to continue, the run looks into it."""
     data: str | list[str] = "python-docs"
     """A folder made by `python -m sctd_ds.data build`, or raw text: files, folders, a Hub name, "python-docs[:SIZE]"."""
     tokenizer: str | None = None
@@ -217,6 +217,11 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), 
 
     sctd = ScTDConfig(**_block(raw, "sctd"))
     pretrain = PretrainConfig(**_block(raw, "pretrain"))
+    if pretrain.tokenizer and pretrain.trained_model:
+        raise ConfigError(
+            f'pretrain.tokenizer="{pretrain.tokenizer}", but the trained model {pretrain.trained_model} brings its own: '
+            "remove the key (into a model folder without one, save the tokenizer)"
+        )
     deepspeed = {key: value for key, value in raw.items() if key not in ("sctd", "pretrain")}
     _check_method(sctd, pretrain)
     check_deepspeed(deepspeed)
@@ -330,7 +335,12 @@ def _replicas(config: Mapping[str, Any], pretrain: PretrainConfig, ranks: int) -
     stages = pretrain.stages
     if stages == 1:
         return ranks
-    check_stages(stages, model_config(pretrain).num_hidden_layers, ranks)
+    sizes = model_config(pretrain)
+    if sizes.model_type != "bert":
+        raise ConfigError(
+            f'pretrain.stages={stages}: pretrain.model is of type "{sizes.model_type}", a pipeline runs "bert" only'
+        )
+    check_stages(stages, sizes.num_hidden_layers, ranks)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 1:
         why = "clips by the gradients of the first stage alone" if stage == 0 else "has no pipeline"
@@ -385,22 +395,32 @@ def model_config(pretrain: PretrainConfig) -> PreTrainedConfig:
 def _trained_config(name: str, length: int) -> PreTrainedConfig:
     from transformers import AutoConfig
 
+    path = Path(name)
     try:
-        found = AutoConfig.from_pretrained(name, local_files_only=Path(name).exists())
+        found = AutoConfig.from_pretrained(name, local_files_only=path.exists())
     except (OSError, ValueError) as error:  # what transformers raises for missing, broken and unknown models
         reason = str(error).splitlines()[0]
+        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            reason = reason if path.exists() else "no such folder"
+        near = difflib.get_close_matches(name, _PRESETS, n=1, cutoff=0.85)
+        if (path / "model" / "config.json").is_file():
+            near = [str(path / "model")]
+        hint = f'; did you mean "{near[0]}"?' if near else ""
         raise ConfigError(
-            f'pretrain.model="{name}" is neither a preset nor a trained model that can be loaded ({reason})'
-            f"{_did_you_mean(name, _PRESETS)}"
+            f'pretrain.model="{name}" is neither a preset nor a trained model that can be loaded ({reason}){hint}'
         ) from None
-    if found.model_type not in _BERT_LIKE or found.is_decoder:
-        kind = "a decoder" if found.is_decoder else f'of type "{found.model_type}"'
+    decoder = getattr(found, "is_decoder", False)  # not every type has it
+    if found.model_type not in _BERT_LIKE or decoder:
+        kind = "a decoder" if decoder else f'of type "{found.model_type}"'
         raise ConfigError(
             f'pretrain.model="{name}" is {kind}; pretrain.py goes on from {", ".join(_BERT_LIKE)}. For other families call '
             "sctd_ds.initialize in a script of your own (docs/recipes.md)"
         )
-    # RoBERTa counts positions from behind its padding id.
-    positions = found.max_position_embeddings - (0 if found.model_type == "bert" else found.pad_token_id + 1)
+    positions = found.max_position_embeddings
+    if found.model_type != "bert":  # RoBERTa counts positions from behind its padding id
+        if found.pad_token_id is None:
+            raise ConfigError(f'pretrain.model="{name}": config.json has no pad_token_id, from which positions count')
+        positions -= found.pad_token_id + 1
     if positions < length:
         raise ConfigError(f'pretrain.seq_length={length}, but pretrain.model="{name}" has only {positions} positions')
     return found

@@ -36,12 +36,15 @@ logger = logging.getLogger(__name__)
 class TrainingError(RuntimeError):
     """Training cannot go on; raised on every rank, before the weights change."""
 
+    shared = True
+    """Every rank knows (see `ranks`): one of them may tell the user."""
+
 
 class NonFiniteLossError(TrainingError):
     """A micro-batch of the step had a NaN or infinite loss, on this rank or another one (`here` tells)."""
 
     def __init__(self, step: int, here: list[str]) -> None:
-        self.step, self.here = step, here
+        self.step, self.here, self.shared = step, here, not here
         where = f"on this rank, in {', '.join(here)}" if here else "on another rank"
         super().__init__(f"step {step}: the loss is not finite {where}; the weights are those of step {step - 1}")
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 
-from sctd_ds import apex, config, data, report
+from sctd_ds import apex, config, data, ranks, report
 from sctd_ds.config import ConfigError, RunConfig
 from sctd_ds.encoder import convert, importance, state_of
 from sctd_ds.huggingface import read_importance
@@ -38,32 +37,30 @@ def be_deterministic() -> None:
 def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
     """Built data, or raw text built once into data/cache: rank 0 works, the others wait. Raises DataError on every rank."""
     options = run.pretrain
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = data.prepare(
-                spec,
-                Path("data") / "cache",
-                tokenizer=options.tokenizer or options.trained_model,
-                vocab_size=options.vocab_size,
-                seq_length=options.seq_length,
-                seed=options.seed,
-            )
-        except data.DataError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    path, problem = answer
-    if problem:
-        raise data.DataError(problem)
-    packed = data.load(path, seq_length=options.seq_length)
-    if len(packed.train) < run.global_batch:
-        raise data.DataError(
-            f"{path}: {len(packed.train)} training rows are fewer than one batch of {run.global_batch}: "
-            "add text, or lower train_batch_size or pretrain.seq_length"
+
+    def build() -> Path:
+        return data.prepare(
+            spec,
+            Path("data") / "cache",
+            tokenizer=options.tokenizer or options.trained_model,
+            vocab_size=options.vocab_size,
+            seq_length=options.seq_length,
+            seed=options.seed,
         )
-    if options.trained_model:
-        data.check_tokenizer(packed, options.trained_model)
-    return packed
+
+    def load() -> data.PackedData:
+        packed = data.load(path, seq_length=options.seq_length)
+        if len(packed.train) < run.global_batch:
+            raise data.DataError(
+                f"{path}: {len(packed.train)} training rows are fewer than one batch of {run.global_batch}: "
+                "add text, or lower train_batch_size or pretrain.seq_length"
+            )
+        if options.trained_model:
+            data.check_tokenizer(packed, options.trained_model)
+        return packed
+
+    path = ranks.on_first(build)
+    return ranks.on_all(load)
 
 
 def build_model(run: RunConfig, packed: data.PackedData) -> transformers.PreTrainedModel:
@@ -77,6 +74,11 @@ def build_model(run: RunConfig, packed: data.PackedData) -> transformers.PreTrai
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f'pretrain.model="{trained}" embeds {model.config.vocab_size} ids, its tokenizer has {len(tokenizer)}'
+        )
+    if model.config.model_type != "bert" and model.config.pad_token_id != tokenizer.pad_token_id:
+        raise ConfigError(
+            f'pretrain.model="{trained}": pad_token_id is {model.config.pad_token_id} in config.json, '
+            f"{tokenizer.pad_token_id} in its tokenizer, and positions count from it: they must agree"
         )
     if run.pretrain.layer_norm == "apex":
         apex.fuse_layer_norms(model)
@@ -121,13 +123,21 @@ def _load_trained(name: str) -> transformers.PreTrainedModel:
 
 
 def _take_importance(model: transformers.PreTrainedModel, trained: str) -> None:
-    """Go on with the importance table that an earlier run of ours has left in the folder, if the same policy learned it."""
+    """Go on with the importance table that an earlier run of ours has left beside the weights, if it is of the same kind."""
+    config = state_of(model).config
+    if config.method == "dense" or config.importance == "random":
+        return
     try:
         table = read_importance(trained)
     except ValueError as error:
         raise ConfigError(f'pretrain.model="{trained}": {error}') from None
-    if table is not None and table.policy == state_of(model).config.importance == "loss":
+    if table is None:
+        logger.info("%s has no importance table: it starts anew", trained)
+    elif table.policy == config.importance == "loss":
         importance(model).load_state_dict({"scores": table.scores})
+        logger.info("importance table: that of %s", trained)
+    else:  # the counts behind a table of frequencies are not in it
+        logger.info('%s has an importance table of "%s": ours of "%s" starts anew', trained, table.policy, config.importance)
 
 
 def labels_per_row(run: RunConfig, packed: data.PackedData) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,18 @@ MONITORED = ("loss", "ce_drop", "ce_full", "kl_last", "kl_previous", "lr", "grad
 class Metrics:
     """Writes `metrics.jsonl` on rank 0 and shows progress; does nothing on other ranks.
 
-    Every record has "step" and "event": "train" (one per optimizer step) or "validation".
+    Every record has "step" and "event": "train" (one per optimizer step) or "validation". keep: the run in this folder is
+    continued at step `start`, and its records up to there stay; without it those of an earlier run make room.
     """
 
-    def __init__(self, folder: Path, *, start: int, total: int, every: int, monitor: Any, rank: int) -> None:
+    def __init__(self, folder: Path, *, start: int, total: int, every: int, keep: bool, monitor: Any, rank: int) -> None:
         self.path = folder / "metrics.jsonl"
         self._every, self._total, self._monitor = every, total, monitor
         self._active = rank == 0
         if not self._active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        _forget_after(self.path, start)
+        _forget_after(self.path, start if keep else -1)
         self._file = self.path.open("a", encoding="utf-8")
         self._recent: list[dict[str, Any]] = []
         # A terminal gets a bar; a log file gets lines, because a bar would fill it with control characters.
@@ -76,6 +78,12 @@ class Metrics:
         else:
             self._bar.write(text, file=sys.stderr)
 
+    def flush(self) -> None:
+        """Bring what was recorded to the disk."""
+        if self._active:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush everything; may be called twice."""
         if self._active:
@@ -100,8 +108,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop records beyond `step`: the run resumes there and will write them again. One that starts anew drops all."""
-    kept = [record for record in read(path) if 0 < step >= record["step"]]
+    """Drop records beyond `step`: the run resumes there and will write them again."""
+    kept = [record for record in read(path) if record["step"] <= step]
     if path.exists():
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from sctd_ds import metrics
 from sctd_ds.config import RunConfig
 from sctd_ds.probe import HUGGING_FACE, Probe
-from sctd_ds.schedule import MODES, Shape, flops_saved, kept_tokens, mean_cost, sequence_flops
+from sctd_ds.schedule import MODES, Shape, flops_saved, kept_tokens, sequence_flops
 
 # Dense 16-bit matrix peak in FLOP/s by a part of the device's name; from the vendors' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12, "T4": 65e12}
@@ -80,15 +80,14 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, folder: Path) -> di
         "seq_length": shape.length,
     }
     if train:
-        # The median step of each kind, weighted as the schedule weighs them: start-up and saving do not count.
-        step_ms = mean_cost(run.sctd, {**dict.fromkeys(MODES, 0.0), **report["run_step_ms"]})
-        if step_ms:
-            report["samples_per_s"] = run.global_batch / step_ms * 1000
-            report["tokens_per_s"] = report["samples_per_s"] * shape.length
-            peak = next((value for name, value in PEAK_FLOPS.items() if name in env["device"]), None)
-            if peak:
-                done = mean_cost(run.sctd, flops) * report["samples_per_s"] / run.ranks
-                report["mfu"] = done / peak
+        # The median step of each kind, as often as the run took it: start-up and saving do not count.
+        kinds = [record["kind"] for record in train]
+        report["samples_per_s"] = run.global_batch / statistics.mean(report["run_step_ms"][kind] for kind in kinds) * 1000
+        report["tokens_per_s"] = report["samples_per_s"] * shape.length
+        peak = next((value for name, value in PEAK_FLOPS.items() if name in env["device"]), None)
+        if peak:
+            done = statistics.mean(flops[kind] for kind in kinds) * report["samples_per_s"] / run.ranks
+            report["mfu"] = done / peak
     if get_accelerator().device_name() != "cpu":
         report["peak_memory_bytes"] = get_accelerator().max_memory_allocated()
     if probe is not None:

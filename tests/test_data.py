@@ -456,6 +456,20 @@ def test_prepare_builds_once_per_content_and_options(built, texts, tmp_path):
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 3
 
 
+def test_prepare_knows_a_tokenizer_by_its_content(built, texts, tmp_path):
+    source, cache = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "cache"
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        data.load(built).tokenizer.save_pretrained(folder)
+    first = data.prepare(str(source), cache, seq_length=32, tokenizer=str(here))
+    (there / "README.md").write_text("a model's card")
+    (there / "config.json").write_text("{}")
+    assert data.prepare(str(source), cache, seq_length=32, tokenizer=str(there)) == first
+    file = there / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_lower_case": False}))
+    assert data.prepare(str(source), cache, seq_length=32, tokenizer=str(there)) != first
+
+
 def test_prepare_by_several_processes_builds_once(texts, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     code = (

@@ -11,7 +11,7 @@ from conftest import ROOT
 # What each module of sctd_ds may import of ours, at import time. Later ones build on earlier ones; there are no cycles.
 ORDER = [
     "config", "schedule", "importance", "adapters", "labels", "encoder", "objective", "validation", "engine", "pipeline",
-    "huggingface", "checkpoint", "metrics", "probe", "report", "data", "apex", "job", "recipes", "trainer",
+    "huggingface", "ranks", "checkpoint", "metrics", "probe", "report", "data", "apex", "job", "recipes", "trainer",
 ]  # fmt: skip
 # Evaluation is a reader of finished models: it has an order of its own, and of the rest it knows these alone.
 EVAL_ORDER = "tasks scores sources store twins baseline finetune analysis report __init__ __main__".split()

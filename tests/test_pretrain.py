@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, launch, launch_command, launch_environment, settings, write_settings
 from safetensors.torch import save_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, DistilBertConfig, RobertaConfig, RobertaForMaskedLM
 
 sys.path.insert(0, str(ROOT))
 
@@ -255,6 +255,57 @@ def test_checkpoint_of_another_configuration_is_refused_with_the_difference(mini
     assert records(mini.folder / "run")[-2]["step"] == 4
 
 
+def test_start_from_wants_a_step_to_be_left_and_forgets_the_folder_s_past(mini, capsys):
+    assert mini(output="first", pretrain=FEW) == 0
+    steps = mini.folder / "first" / "checkpoints"
+    assert mini("--start-from", str(steps / "step_00000004"), output="second", pretrain=FEW) == 2
+    assert "is at step 4, and the run ends at step 4: raise pretrain.steps" in capsys.readouterr().err
+    assert mini("--start-from", str(mini.folder / "first"), output="second", pretrain=FEW) == 2
+    assert "no checkpoint of ours" in capsys.readouterr().err
+    (mini.folder / "second").mkdir()
+    shutil.copy(mini.folder / "first" / "metrics.jsonl", mini.folder / "second")  # of a run that died without a checkpoint
+    assert mini("--start-from", str(steps / "step_00000002"), output="second", pretrain=FEW) == 0
+    assert [r["step"] for r in records(mini.folder / "second") if r["event"] == "train"] == [3, 4]
+
+
+def test_a_run_that_is_over_cannot_be_shortened(mini, capsys):
+    assert mini(pretrain=FEW) == 0
+    allowed = ("pretrain.steps", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
+    assert mini(*(x for key in allowed for x in ("--allow-change", key)), pretrain={**FEW, "steps": 2}) == 2
+    assert "is at step 4, and the run ends at step 2" in capsys.readouterr().err
+
+
+def test_dry_run_refuses_what_the_run_would(mini, capsys):
+    assert mini("--dry-run", "--resume", "must") == 2
+    assert mini("--dry-run", "--start-from", str(mini.folder / "nowhere")) == 2
+    assert mini(pretrain=FEW) == 0
+    half = mini.folder / "run" / "checkpoints" / "partial-step_00000009"
+    half.mkdir()
+    assert mini("--dry-run", "--set", "sctd.interval=5", pretrain=FEW) == 2
+    assert "sctd.interval: 4 -> 5" in capsys.readouterr().err
+    assert mini("--dry-run", pretrain=FEW) == 0 and half.is_dir()
+
+
+def test_what_a_checkpoint_stands_for_is_on_disk_before_it(mini, monkeypatch):
+    written, save = [], checkpoint.save
+
+    def watch(engine, folder, *rest):
+        written.append([r["step"] for r in metrics.read(mini.folder / "run" / "metrics.jsonl") if r["event"] == "train"])
+        return save(engine, folder, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", watch)
+    assert mini(pretrain={**FEW, "save_every": 2, "log_every": 50}) == 0
+    assert written == [[1, 2], [1, 2, 3, 4]]
+
+
+def test_speed_counts_the_steps_that_were_taken(mini):
+    """Three steps at interval 4: none aligned."""
+    assert mini(pretrain={**FEW, "steps": 3}) == 0
+    report = json.loads((mini.folder / "run" / "report.json").read_text())
+    assert set(report["run_step_ms"]) == {"drop"}
+    assert report["samples_per_s"] == pytest.approx(8 / report["run_step_ms"]["drop"] * 1000)
+
+
 def test_keep_last_and_failed_writes_leave_complete_checkpoints(mini, monkeypatch, capsys):
     assert mini(pretrain={**FEW, "keep_last": 2}) == 0
     checkpoints = mini.folder / "run" / "checkpoints"
@@ -371,7 +422,7 @@ def _changed_config(folder: Path, **changes: object) -> None:
     ("damage", "message"),
     [
         (lambda model: shutil.rmtree(model), "neither a preset nor a trained model that can be loaded"),
-        (lambda model: _changed_config(model, model_type="distilbert"), "docs/recipes.md"),
+        (lambda model: DistilBertConfig().save_pretrained(model), 'of type "distilbert"; pretrain.py goes on from bert,'),
         (lambda model: _changed_config(model, is_decoder=True), "a decoder"),
         (lambda model: _changed_config(model, num_hidden_layers=3), "at least 4"),
         (lambda model: _changed_config(model, num_hidden_layers=5), "its weights lack bert.encoder.layer.4"),
@@ -380,7 +431,8 @@ def _changed_config(folder: Path, **changes: object) -> None:
         (lambda model: (model / "model.safetensors").write_bytes(b"x" * 100), "its weights cannot be loaded"),
         (lambda model: (model / "tokenizer.json").unlink(), "has no vocabulary"),
         (lambda model: save_file({}, model / "importance.safetensors"), "not an importance table"),
-        (lambda model: _other_tokenizer(model), "is not that of"),
+        (lambda model: _other_tokenizer(model), "built with another tokenizer than that of"),
+        (lambda model: _cased_tokenizer(model), "built with another tokenizer than that of"),
     ],
 )
 def test_a_trained_model_that_will_not_do_is_refused_with_the_reason(mini, trained, capsys, damage, message):
@@ -396,6 +448,53 @@ def _other_tokenizer(model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(model)
+
+
+def _cased_tokenizer(model: Path) -> None:
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_lower_case": False}))
+
+
+def test_a_run_s_folder_in_place_of_its_model_is_told_so(mini, trained, capsys):
+    assert mini("--set", f"pretrain.model={trained}") == 2
+    assert f'did you mean "{trained / "model"}"?' in capsys.readouterr().err
+    assert mini("--set", "pretrain.model=./bert-bsae") == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_trained_model_brings_its_tokenizer(mini, trained, capsys):
+    assert mini("--set", f"pretrain.model={trained / 'model'}", "--set", "pretrain.tokenizer=other") == 2
+    assert "brings its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"), [("loss", "importance table: that of"), ("frequency", 'table of "loss"'), ("random", None)]
+)
+def test_what_becomes_of_the_table_is_said(trained, small_data, caplog, importance, message):
+    run = config.load(settings(), [f"pretrain.model={trained / 'model'}", f"sctd.importance={importance}"])
+    with caplog.at_level("INFO"):
+        job.build_model(run, data.load(small_data))
+    assert message in caplog.text if message else "table" not in caplog.text
+
+
+@pytest.mark.parametrize(("pad", "message"), [(None, "no pad_token_id"), (1, "they must agree")])
+def test_a_roberta_whose_padding_id_is_not_its_tokenizer_s_is_refused(mini, small_data, capsys, pad, message):
+    tokenizer = data.load(small_data).tokenizer
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    RobertaForMaskedLM(RobertaConfig(**sizes, vocab_size=len(tokenizer), pad_token_id=1)).save_pretrained(mini.folder / "r")
+    tokenizer.save_pretrained(mini.folder / "r")
+    _changed_config(mini.folder / "r", pad_token_id=pad)
+    assert mini("--set", f"pretrain.model={mini.folder / 'r'}") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_exported_tokenizer_takes_rows_of_the_length_trained(mini, trained):
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    tokenizer.model_max_length = 16
+    shutil.copytree(trained / "model", mini.folder / "short")
+    tokenizer.save_pretrained(mini.folder / "short")
+    assert mini("--set", f"pretrain.model={mini.folder / 'short'}", pretrain=FEW) == 0
+    assert AutoTokenizer.from_pretrained(mini.folder / "run" / "model").model_max_length == 32
 
 
 @pytest.mark.parametrize(

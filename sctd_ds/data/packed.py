@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ALPHABET = 1000  # most frequent characters that a trained vocabulary can spell, as BERT's own trainer limits them
+TOKENIZER_FILES = ("*token*.json", "vocab*", "merges*", "*.model")  # in a tokenizer's folder, of any kind
 BATCH_BYTES = 1 << 24  # of text or tokens that are handled at a time
 
 
@@ -198,11 +199,17 @@ def load(path: str | Path, *, seq_length: int | None = None, verify: bool = Fals
 
 def check_tokenizer(packed: PackedData, name: str) -> None:
     """DataError unless the rows were made with the tokenizer `name` (a folder or Hub name): its ids would mean other words."""
-    theirs = _load_tokenizer(name)
-    if theirs.get_vocab() != packed.tokenizer.get_vocab() or _special_ids(theirs) != _special_ids(packed.tokenizer):
+    ours, theirs = packed.tokenizer, _load_tokenizer(name)
+
+    def essence(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        return [tokenizer.get_vocab(), _special_ids(tokenizer), *(parts[part] for part in ("normalizer", "pre_tokenizer"))]
+
+    if essence(ours) != essence(theirs):
+        how = "" if len(ours) == len(theirs) else f" ({len(ours)} ids, not {len(theirs)})"
         raise DataError(
-            f"{packed.path}: its tokenizer ({len(packed.tokenizer)} ids) is not that of {name} ({len(theirs)} ids); "
-            f"build it again with --tokenizer {name}, or give pretrain.py the text"
+            f"{packed.path}: built with another tokenizer than that of {name}{how}; build it again with --tokenizer {name}, "
+            "or give pretrain.py the text"
         )
 
 
@@ -220,14 +227,12 @@ def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) 
     sources = [spec] if isinstance(spec, str) else list(spec)
     if len(sources) == 1 and (Path(sources[0]) / META).is_file():
         return Path(sources[0])
-    identities = [identity(source) for source in sources]
-    tokenizer = build_options.get("tokenizer")
-    if tokenizer and Path(tokenizer).is_dir():
-        weights = (".safetensors", ".bin")  # of a model that the tokenizer lies with
-        files = [file for file in _regular_files(Path(tokenizer)) if file.suffix not in weights]
-        facts = [(str(file), _file_facts(file)) for file in files]
-        identities.append([f"{name} {digest}" for name, (_, digest) in facts])
-    key = json.dumps([FORMAT, identities, sorted(build_options.items())], default=str)
+    identities, options = [identity(source) for source in sources], dict(build_options)
+    tokenizer = options.get("tokenizer")
+    if tokenizer and Path(tokenizer).is_dir():  # by its content: the model that it may lie with does not matter
+        files = sorted({file for pattern in TOKENIZER_FILES for file in Path(tokenizer).glob(pattern)})
+        options["tokenizer"] = [(file.name, _file_facts(file)) for file in files]
+    key = json.dumps([FORMAT, identities, sorted(options.items())], default=str)
     out = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()[:16]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
