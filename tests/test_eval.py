@@ -495,6 +495,7 @@ def test_folders_that_are_no_models_are_named(model_folder, tmp_path):
 )
 def test_a_model_that_is_not_there_is_said_in_one_line(name, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert main([f"x={name}", "--suite", "drift", "--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {name}: {message}")

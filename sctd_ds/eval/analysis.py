@@ -25,7 +25,6 @@ from sctd_ds.config import ScTDConfig
 from sctd_ds.encoder import ScTD, Selection, convert, state_of
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.store import Model
-from sctd_ds.importance import PINNED
 
 DROPPED = 0.5  # share of the tokens, where the model's folder does not say
 MASKED = 0.15  # share of the tokens, as in pretraining
@@ -65,19 +64,17 @@ def open_model(model: Model) -> Opened:
     """Load a masked-LM folder for analysis. Raises EvalError for one that cannot drop tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
     network: Any = transformers.AutoModelForMaskedLM.from_pretrained(model.path)
+    pinned = [i for i in (getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask")) if i is not None]
     weights, learned = model.read_checkpoint() if model.checkpoint else (None, model.read_importance())
     if weights:
         network.load_state_dict(weights)
     ratio = learned.drop_ratio if learned else DROPPED
-    if learned:  # those that its run kept
-        pinned = (learned.scores == PINNED).nonzero().flatten().tolist()
-    else:
-        special = (getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask"))
-        pinned = [i for i in special if i is not None]
     try:
         convert(network, ScTDConfig(method="token_drop", drop_ratio=ratio, keep_token_ids=pinned))
         if learned:
-            state_of(network).importance.load_state_dict({"scores": learned.scores})
+            table = state_of(network).importance
+            table.load_state_dict({"scores": learned.scores})
+            table.scores.copy_(learned.scores)  # with the pins of its own run
     except ValueError as error:
         raise EvalError(f"{model.path}: probes and drift need a model that can drop tokens ({error})") from None
     network.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from torch import Tensor
@@ -49,8 +50,11 @@ class Model:
         elif folder.exists() or ("/" in self.path and folder.parent.is_dir()):  # meant as a path: nobody asks the Hub for it
             raise EvalError(f"{folder}: no such folder; expected a Hugging Face folder, a run's, or a Hub name")
         try:
-            transformers.AutoConfig.from_pretrained(self.path, local_files_only=folder.is_dir())
-        except (OSError, ValueError) as error:  # what transformers raises for missing, broken and unknown models
+            if folder.is_dir():
+                transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            elif not isinstance(huggingface_hub.try_to_load_from_cache(self.path, "config.json"), str):
+                huggingface_hub.model_info(self.path)  # asks once, where from_pretrained tries for half a minute
+        except Exception as error:  # OSError, ValueError, the HTTP client's own ...: all say what is wrong
             what = "no model that can be loaded" if folder.is_dir() else "no such folder, nor a Hub name that can be reached"
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise EvalError(f"{self.path}: {what} ({reason})") from None
