@@ -1,15 +1,16 @@
 """The method in training loops that are not ours: the Hugging Face Trainer, and loops written with Accelerate.
 
-There no engine of ours sees the steps, so somebody has to say when one begins and when it was applied: `StepClock` by hand,
-`ScTDCallback` for the Trainer, both with and without DeepSpeed.
+There no engine of ours sees the steps, so somebody has to say when one begins and when it was applied: `StepClock` with
+Accelerate or by hand, `ScTDCallback` for the Trainer, both with and without DeepSpeed.
 """
 
 from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from sctd_ds.config import ConfigError, ScTDConfig, sctd_block
 from sctd_ds.encoder import convert, importance, set_mode, state_of
 from sctd_ds.schedule import Mode, step_mode
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 logger = logging.getLogger(__name__)
 
 
@@ -29,18 +33,29 @@ class StepClock:
 
         clock = sctd_ds.StepClock(model)               # after sctd_ds.convert(model, config)
         accelerator.register_for_checkpointing(clock)  # saved and restored with the rest
-        for micro_batches in ...:
-            clock.begin()                              # before the first forward of an optimizer step
-            ...                                        # forward, backward, optimizer.step()
-            clock.end(skipped=accelerator.optimizer_step_was_skipped)
+        for batch in loader:
+            with clock.accumulate(accelerator, model): # in place of accelerator.accumulate(model)
+                ...                                    # forward, backward, optimizer.step(), optimizer.zero_grad()
 
-    Every rank calls both.
+    A loop without Accelerate calls `begin` and `end` itself, once per optimizer step and not per micro-batch. Every rank does.
     """
 
     def __init__(self, model: nn.Module) -> None:
         state_of(model)  # refuses a model that is not converted
         self._model = model
         self.applied_steps = 0
+
+    @contextmanager
+    def accumulate(self, accelerator: Accelerator, *models: Any) -> Iterator[Mode]:
+        """`accelerator.accumulate(*models)` around one micro-batch, optimizer.step() included; yields what its step does.
+
+        The step is finished where Accelerate lets the optimizer step: after gradient_accumulation_steps micro-batches, or
+        at the end of the data.
+        """
+        with accelerator.accumulate(*models):
+            yield self.begin()
+            if accelerator.sync_gradients:
+                self.end(skipped=accelerator.optimizer_step_was_skipped)
 
     def begin(self) -> Mode:
         """Set the model to what the next optimizer step does, and return it."""
@@ -73,7 +88,8 @@ class ScTDCallback(TrainerCallback, ExportableState):
 
     config: the method; None takes the "sctd" block of the DeepSpeed configuration in the training arguments. With
     keep_token_ids="auto" the ids come from the Trainer's processing_class, if it has one. The model is converted when the
-    Trainer is made. The table travels in the checkpoint's trainer_state.json, so resume_from_checkpoint goes on exactly.
+    Trainer is made. Count and table travel in the checkpoint's trainer_state.json, so resume_from_checkpoint goes on as exactly
+    as the Trainer does by itself: not where a collator draws masks at random, see docs/recipes.md.
     Raises ValueError for settings of the Trainer that cannot work with token dropping.
     """
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
 import sctd_ds
@@ -86,7 +87,8 @@ def model(dropout: float = 0.1) -> BertForMaskedLM:
 
 
 def train(folder: Path, *, config: Any = METHOD, steps: int = 7, resume: Path | None = None, dropout: float = 0.1,
-          callback: bool = True, rows: int = 4, accumulation: int = 2, **arguments: Any) -> Run:  # fmt: skip
+          callback: bool = True, rows: int = 4, accumulation: int = 2, collator: Any = None,
+          **arguments: Any) -> Run:  # fmt: skip
     settings = TrainingArguments(
         str(folder), use_cpu=True, max_steps=steps, learning_rate=1e-2, per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulation, lr_scheduler_type="constant", save_steps=4, logging_steps=1,
@@ -94,7 +96,7 @@ def train(folder: Path, *, config: Any = METHOD, steps: int = 7, resume: Path | 
     )  # fmt: skip
     watch = Watch()
     ours = [sctd_ds.ScTDCallback(config)] if callback else []
-    trainer = Trainer(model(dropout), settings, train_dataset=Text(), callbacks=[*ours, watch])
+    trainer = Trainer(model(dropout), settings, collator, train_dataset=Text(), callbacks=[*ours, watch])
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     plain = trainer.accelerator.unwrap_model(trainer.model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -104,6 +106,33 @@ def train(folder: Path, *, config: Any = METHOD, steps: int = 7, resume: Path | 
     clock = next(c.clock for c in trainer.callback_handler.callbacks if isinstance(c, sctd_ds.ScTDCallback))
     scores = sctd_ds.importance(plain).scores.clone()
     return Run(losses, watch.modes, scores, [p.detach().clone() for p in plain.parameters()], clock.applied_steps, trainer)
+
+
+def accelerate_loop(accelerator: accelerate.Accelerator, steps: int, folder: Path | None = None) -> dict[str, Any]:
+    """As in docs/recipes.md, with micro-batches of two rows; saved in `folder` after step 4, or resumed where it was."""
+    bert = sctd_ds.convert(model(), sctd_ds.ScTDConfig(**METHOD))
+    clock = sctd_ds.StepClock(bert)
+    optimizer = torch.optim.AdamW(bert.parameters(), lr=1e-2)
+    loader = DataLoader(Text(56), batch_size=2, generator=torch.Generator())  # its iterator leaves dropout's random state alone
+    bert, optimizer, loader = accelerator.prepare(bert, optimizer, loader)
+    accelerator.register_for_checkpointing(clock)
+    modes, resume, micro_batches = [], folder is not None and folder.exists(), accelerator.gradient_accumulation_steps
+    if resume:
+        accelerator.load_state(str(folder))
+        loader = accelerator.skip_first_batches(loader, clock.applied_steps * micro_batches)
+    for batch in loader:
+        with clock.accumulate(accelerator, bert) as mode:
+            modes.append(mode)
+            accelerator.backward(bert(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if folder is not None and not resume and len(modes) == 4 * micro_batches:
+            accelerator.save_state(str(folder))
+        if clock.applied_steps == steps:
+            break
+    plain = accelerator.unwrap_model(bert)
+    weights = [p.detach().clone() for p in plain.parameters()]
+    return {"modes": modes, "scores": sctd_ds.importance(plain).scores, "weights": weights, "applied": clock.applied_steps}
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -116,6 +145,8 @@ def main() -> None:
     results = {}
     results["plain"] = report(train(folder / "plain", rows=2))
     results["plain resumed"] = report(train(folder / "plain", rows=2, resume=folder / "plain" / "checkpoint-4"))
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    results["accelerate"] = accelerate_loop(accelerator, steps=7)
     deepspeed = {"config": None, "rows": 2, "deepspeed": str(folder / "ds.json")}
     whole = train(folder / "ds", **deepspeed)
     results["deepspeed"] = report(whole)
