@@ -20,7 +20,7 @@ from sctd_ds.config import ConfigError, ScTDConfig
 START = 10.0
 """Score of an id that was never a label: above any plausible loss, so unknown tokens are kept."""
 PINNED = 1e4
-"""Score of `keep_token_ids`."""
+"""Score of `keep_token_ids`, and of no other id: no loss and no rarity comes near it."""
 
 
 class Importance:
@@ -73,13 +73,18 @@ class Importance:
         return {"scores": self.scores.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`; the vocabulary must be the same."""
+        """Restore `state_dict`; the vocabulary must be the same.
+
+        The pins are those of this policy: an id that only the stored table pinned starts at START, as nothing is known of it.
+        """
         if state["scores"].shape != self.scores.shape:
             raise ConfigError(
                 f"the checkpoint's importance table has {len(state['scores'])} ids, the model {len(self.scores)}: "
                 "it was trained with another vocabulary"
             )
         self.scores.copy_(state["scores"])
+        self.scores.masked_fill_(self.scores == PINNED, START)
+        self._pin()
         self._stats.zero_()
 
     def _learn(self) -> None:

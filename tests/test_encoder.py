@@ -176,6 +176,39 @@ def test_converting_again_keeps_the_table_and_reverting_forgets_it():
     assert x.train()(**batch()).logits.shape == (4, 32, 60)
 
 
+@pytest.mark.parametrize("again", ["convert", "load"])
+@pytest.mark.parametrize("policy", ["loss", "frequency", "random"])
+def test_a_table_that_goes_on_pins_the_ids_of_now(policy, again):
+    x = model(importance=policy)
+    sctd_ds.set_mode(x, "drop")
+    x(**batch())
+    sctd_ds.importance(x).update()  # labels 7 and 9
+    learned = sctd_ds.importance(x).scores.clone()
+    now = [2, 9, 50]
+    if again == "convert":
+        y = sctd_ds.convert(x, sctd_ds.ScTDConfig(keep_token_ids=now, importance=policy, labels_per_row=3))
+    else:
+        y = model(importance=policy, keep_token_ids=now)
+        sctd_ds.importance(y).load_state_dict(sctd_ds.importance(x).state_dict())
+    expected = learned.clone()
+    expected[KEEP], expected[now] = 10.0, 1e4
+    assert torch.equal(sctd_ds.importance(y).scores, expected)
+
+
+@pytest.mark.parametrize("policy", ["loss", "frequency", "random"])
+def test_a_table_that_goes_on_with_the_same_pins_is_the_same_to_the_bit(policy):
+    x, fresh = model(importance=policy), model(importance=policy)
+    sctd_ds.importance(x).scores[5:] = torch.rand(55, generator=torch.Generator().manual_seed(2)) * 20
+    stored = sctd_ds.importance(x).state_dict()
+    sctd_ds.importance(fresh).load_state_dict(stored)
+    for z in (x, fresh):
+        sctd_ds.set_mode(z, "drop")
+        z(**batch())
+        assert torch.equal(sctd_ds.importance(z).scores, stored["scores"])
+        sctd_ds.importance(z).update()
+    assert torch.equal(sctd_ds.importance(fresh).scores, sctd_ds.importance(x).scores)
+
+
 def test_a_pickled_model_does_not_come_back_as_something_else():
     stream = io.BytesIO()
     with pytest.raises(AttributeError):
