@@ -5,11 +5,14 @@ An error on one rank must not leave the others in a collective that never ends, 
 
 from __future__ import annotations
 
+import itertools
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 T = TypeVar("T")
 
@@ -18,19 +21,25 @@ PATIENCE = timedelta(days=30)
 
 Failure = tuple[type[Exception], str]
 
+_calls = itertools.count()
+
 
 def on_first(work: Callable[[], T]) -> T:
     """The result of `work`, done on rank 0 alone while the others wait, or its failure on every rank. All ranks call this.
 
     The result must be picklable.
     """
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    result, error = _attempt(work) if dist.get_rank() == 0 else (None, None)
-    told: list[Any] = [result, _failure(error)]
-    dist.broadcast_object_list(told, src=0, group=group)
-    dist.destroy_process_group(group)
-    _raise_first(error, [told[1]])
-    return told[0]
+    # Through the store that the ranks found each other by: unlike a collective, it may be waited for as long as one likes.
+    store, key = _get_default_store(), f"sctd_ds/on_first/{next(_calls)}"
+    if dist.get_rank() == 0:
+        result, error = _attempt(work)
+        store.set(key, pickle.dumps((result, _failure(error))))  # type: ignore[arg-type] # it takes bytes
+        _raise_first(error, [_failure(error)])
+        return result  # type: ignore[return-value]
+    store.wait([key], PATIENCE)
+    result, failure = pickle.loads(store.get(key))
+    _raise_first(None, [failure])
+    return result
 
 
 def on_all(work: Callable[[], T]) -> T:

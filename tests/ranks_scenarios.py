@@ -43,6 +43,7 @@ def main(folder: Path) -> None:
         "second has a bug": outcome(ranks.on_all, lambda: fail(UnicodeDecodeError("utf-8", b"x", 0, 1, "why"), on=1)),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
