@@ -3,17 +3,19 @@
     python -m benchmarks.ablate --config ds_configs/tiny.json --out runs/ablation --sweep method --seeds 3
 
 Each variant and seed is an ordinary `pretrain.py` run from one base configuration. What is finished is kept: the same command
-continues, more sweeps or seeds add to it, and runs that two sweeps share are run once. Every run is judged by its validation
-loss, with all tokens and with dropping, by its step time, and, with --data-dir, by a score: the mean over --tasks, each after
-fine-tuning, or, without tasks, over the probes. --points N keeps N checkpoints along each run of the method sweep and scores
-them all, which is Figure 6. results.csv has a line per run, curves.csv one per validation and scored checkpoint, tables.md the
-paper's tables with ours beside, and a figure each. What was not run is left out.
+continues, more sweeps or seeds add to it, and runs that two sweeps share are run once. Runs on other data, or otherwise begun
+with what cannot be compared, are refused. Every run is judged by its validation loss, with all tokens and with dropping, by
+its step time, and, with --data-dir, by a score: the mean over --tasks, each after fine-tuning, or, without tasks, over the
+probes. --points N keeps N checkpoints along each run of the method sweep and scores them all, which is Figure 6. results.csv
+has a line per run, curves.csv one per validation and scored checkpoint, tables.md the paper's tables with ours beside, and a
+figure each. What was not run is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,11 @@ from tqdm import tqdm
 import sctd_ds
 from benchmarks.ablation_tables import BEGAN, LAYERS, REPORT, Run, Runs, in_order, write
 from benchmarks.harness import ROOT, commit
-from sctd_ds.config import ConfigError, RunConfig, differences, load, model_config
+from sctd_ds import data
+from sctd_ds.config import ConfigError, RunConfig, load, model_config
+from sctd_ds.data.sources import META, documents, identity
 from sctd_ds.eval import EvalError
-from sctd_ds.eval.store import Model
+from sctd_ds.eval.store import Model, fingerprint
 from sctd_ds.eval.tasks import PROBES, TASKS
 from sctd_ds.eval.twins import MARK
 
@@ -62,6 +67,11 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "interval": {**_BASELINES, **{f"Fi={fi}": {"sctd.interval": fi} for fi in (5, 10, 20, 50)}},
     "lambda": {**_BASELINES, **{f"lambda={x:g}": {"sctd.kl_weight": x} for x in (0.0, 0.01, 0.05, 0.25, 0.5)}},
 }
+# What runs of one table may differ in: it changes neither what is learned, nor how that is judged, nor the time of a step.
+FREE = frozenset(
+    f"pretrain.{key}" for key in "log_every validation_every save_every keep_last probe_steps output precision".split()
+) | {"steps_per_print", "tensorboard", "wandb", "csv_monitor", "comet", "dump_state", "log_level"}
+CONTENT = " (content)"  # what a key ends in that stands for the content of a file or folder, not for its name
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,14 +95,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         runs = plan(options)
-    except ConfigError as error:
+        behind = agreed(in_order(runs), options)
+    except (ConfigError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     timed = {run for of in runs.get("method", {}).values() for run in of} if options.points > 1 else set()
     with tqdm(in_order(runs), unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         for run in bar:
             bar.set_description(run.name)
-            pretrain(run, options)
+            pretrain(run, options, behind)
             if options.data_dir:
                 evaluate(run, options, run in timed)
     print(tabulate(runs, options))
@@ -101,6 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def plan(options: argparse.Namespace) -> dict[str, dict[str, list[Run]]]:
     """The runs by sweep and variant, each configuration checked before the first run starts. Raises ConfigError."""
+    for flag, value in (("--seeds", options.seeds), ("--gpus", options.gpus)):
+        if value < 1:
+            raise ConfigError(f"{flag} {value}: expected at least 1")
     base = load(options.config, options.overrides, options.gpus)
     if options.points < 1 or options.points > base.pretrain.steps:
         raise ConfigError(f"--points {options.points}: expected 1 to {base.pretrain.steps}, the steps of a run")
@@ -146,22 +160,82 @@ def configured(run: Run, options: argparse.Namespace) -> tuple[RunConfig, list[s
     return load(options.config, overrides, options.gpus), overrides
 
 
-def pretrain(run: Run, options: argparse.Namespace) -> None:
-    """Run `pretrain.py`, or continue it, or do nothing when it is finished. Its output goes to log.txt of the run."""
-    folder = run.folder(options.out)
-    config, overrides = configured(run, options)
-    settings = config.flat()
-    settings = {"data": options.data, **{key: settings[key] for key in settings if key != "pretrain.output"}}
-    began = folder / BEGAN
-    if began.is_file():
-        before = json.loads(began.read_text(encoding="utf-8"))["settings"]
-        changed = differences(before, json.loads(json.dumps(settings)))
+def agreed(runs: list[Run], options: argparse.Namespace) -> dict[str, str]:
+    """The `contents` of all the runs, those begun earlier and those to come, once it is sure that they can be compared.
+
+    Raises ConfigError where one was begun with settings that do not belong into one table with those of today, DataError
+    for data that cannot be read.
+    """
+    begun = {run: file for run in runs if (file := run.folder(options.out) / BEGAN).is_file()}
+    before = {run: json.loads(file.read_text(encoding="utf-8"))["settings"] for run, file in begun.items()}
+    if all((run.folder(options.out) / REPORT).is_file() for run in runs):  # the data may be gone: they agree among themselves
+        behind = {key: value for key, value in before[runs[0]].items() if key.endswith(CONTENT)}
+    else:
+        behind = contents(options)
+    for run, old in before.items():
+        new = settings_of(run, options, behind)
+        keys = sorted(key for key in {*old, *new} if not any(key == free or key.startswith(free + ".") for free in FREE))
+        changed = [f"{k}: {old.get(k, 'unset')} -> {new.get(k, 'unset')}" for k in keys if old.get(k) != new.get(k)]
         if changed:
-            raise SystemExit(f"{folder}: begun with other settings ({'; '.join(changed)}); choose another --out, or delete it")
+            raise ConfigError(
+                f"{begun[run].parent}: begun with other settings ({'; '.join(changed)}); such runs cannot stand in one table: "
+                "choose another --out, or delete it"
+            )
+    return behind
+
+
+def settings_of(run: Run, options: argparse.Namespace, behind: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that the run is begun with, under dotted keys. behind: its `contents`."""
+    flat = configured(run, options)[0].flat()
+    flat["pretrain.data"] = sources(options, flat["pretrain.data"])
+    return json.loads(json.dumps({**flat, **behind}))
+
+
+def contents(options: argparse.Namespace) -> dict[str, str]:
+    """What stands behind the names of the runs' data, tokenizer and model to go on from: a fingerprint of each.
+
+    Of what is not on this machine, the name alone. Raises DataError for data that cannot be read.
+    """
+    config = load(options.config, options.overrides, options.gpus).pretrain
+    found = {"pretrain.data": fingerprint([_fingerprint_of_data(name) for name in sources(options, config.data)])}
+    for key, name in (("pretrain.tokenizer", config.tokenizer), ("pretrain.model", config.trained_model)):
+        if name:
+            found[key] = fingerprint(*sorted(file for file in Path(name).glob("[!.]*") if file.is_file()), name)
+    return {key + CONTENT: value for key, value in found.items()}
+
+
+def _fingerprint_of_data(name: str) -> str:
+    path = Path(name)
+    if (path / META).is_file():
+        return data.load(path).meta.fingerprint
+    if not path.exists():
+        return fingerprint(identity(name))
+    digest = hashlib.sha256()
+    for text in documents(name, "text"):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def sources(options: argparse.Namespace, configured: str | list[str]) -> list[str]:
+    """Names of the data that the runs read."""
+    return options.data or ([configured] if isinstance(configured, str) else configured)
+
+
+def pretrain(run: Run, options: argparse.Namespace, behind: Mapping[str, str]) -> None:
+    """Run `pretrain.py`, or continue it, or do nothing when it is finished. Its output goes to log.txt of the run.
+
+    behind: its `contents`, as they were before the first run.
+    """
+    folder = run.folder(options.out)
     if (folder / REPORT).is_file():
         return
+    changed = [key for key, value in contents(options).items() if behind[key] != value]
+    if changed:
+        raise SystemExit(f"{run.name}: {', '.join(changed)} changed since the first run; restore it, or choose another --out")
+    overrides = configured(run, options)[1]
     folder.mkdir(parents=True, exist_ok=True)
-    began.write_text(json.dumps({"commit": commit(), "settings": settings}, indent=1), encoding="utf-8")
+    began = {"commit": commit(), "settings": settings_of(run, options, behind)}
+    (folder / BEGAN).write_text(json.dumps(began, indent=1), encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -213,8 +287,9 @@ def export_point(folder: Path, step: int) -> Path:
     model = transformers.AutoModelForMaskedLM.from_pretrained(folder / "model")
     model.load_state_dict(weights)
     if learned:  # a converted model's table is exported with it
-        sctd_ds.convert(model, sctd_ds.ScTDConfig(drop_ratio=learned.drop_ratio, keep_token_ids=[]))
-        sctd_ds.importance(model).load_state_dict({"scores": learned.scores})
+        about = {"drop_ratio": learned.drop_ratio, "importance": learned.policy, "keep_token_ids": []}
+        sctd_ds.convert(model, sctd_ds.ScTDConfig(**about))
+        sctd_ds.importance(model).scores.copy_(learned.scores)  # just these: what they were counted from is not needed
     target.parent.mkdir(exist_ok=True)
     sctd_ds.export(model, target, transformers.AutoTokenizer.from_pretrained(folder / "model"))
     shutil.rmtree(checkpoint)

@@ -2,21 +2,24 @@
 
 import csv
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, write_settings
-from transformers import AutoModelForMaskedLM, BertConfig
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
+import sctd_ds
 from benchmarks import ablate
 from benchmarks.ablate import SWEEPS, configured, plan, tabulate
 from benchmarks.ablation_tables import BEGAN, PAPER, Run, in_order, measured, operations, score
-from sctd_ds import ConfigError, ScTDConfig
-from sctd_ds.config import load
+from sctd_ds import ConfigError, ScTDConfig, data
+from sctd_ds.config import RUN_ONLY_KEYS, load
 from sctd_ds.eval import twins
-from sctd_ds.huggingface import read_importance
+from sctd_ds.huggingface import ImportanceTable, read_importance
+from sctd_ds.importance import PINNED
 from sctd_ds.schedule import MODES, Shape, flops_saved, mean_cost, sequence_flops
 
 
@@ -83,11 +86,129 @@ def test_rows_of_table_4_learn_the_terms_they_are_named_after(tmp_path):
         ({"tasks": ["rte"]}, "needs --data-dir"),
         ({"points": 5}, "needs --data-dir"),
         ({"points": 10**6, "data_dir": ROOT}, "the steps of a run"),
+        ({"seeds": 0}, "--seeds 0: expected at least 1"),
+        ({"gpus": 0}, "--gpus 0: expected at least 1"),
     ],
 )
 def test_what_cannot_run_is_refused_before_the_first_run(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         plan(ablation_options(tmp_path, **changes))
+
+
+@pytest.fixture
+def ablation(tmp_path, small_data, monkeypatch):
+    """A sweep of one variant, whose runs only pretend to train. Called with arguments: the status, and the runs it started."""
+    (tmp_path / "text.txt").write_text("one two three")
+    for kind in ("tokenizer", "model"):
+        shutil.copytree(small_data / "tokenizer", tmp_path / kind)
+    BertConfig(num_hidden_layers=4).save_pretrained(tmp_path / "model")
+    config = write_settings(tmp_path / "run.json", pretrain={"data": str(tmp_path / "text.txt")})
+    started: list[str] = []
+
+    def pretend(command: list[str], **_: object) -> Namespace:
+        folder = Path(command[command.index("--output") + 1])
+        started.append(folder.name)
+        write_outcome(folder, 3.0)
+        return Namespace(returncode=0)
+
+    monkeypatch.setattr(ablate, "subprocess", Namespace(run=pretend, STDOUT=None))
+
+    def call(*arguments: str) -> tuple[int, list[str]]:
+        del started[:]
+        command = ["--config", str(config), "--out", str(tmp_path / "out"), "--variants", "sctd", *arguments]
+        return ablate.main(command), [*started]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        (["--set", "pretrain.data={}/other.txt"], "pretrain.data: ['{}/text.txt'] -> ['{}/other.txt']"),
+        (["--data", "{}/other.txt"], "pretrain.data: ['{}/text.txt'] -> ['{}/other.txt']"),
+        (["--set", "pretrain.validation_rows=16"], "pretrain.validation_rows: 8 -> 16"),
+        # They change the time of a step, which is compared, too.
+        (["--set", "pretrain.deterministic=true"], "pretrain.deterministic: False -> True"),
+        (["--set", "pretrain.num_workers=1"], "pretrain.num_workers: 0 -> 1"),
+        (["--set", "wall_clock_breakdown=true"], "wall_clock_breakdown: unset -> True"),
+        (["--set", "gradient_clipping=2.0"], "gradient_clipping: 1.0 -> 2.0"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused_before_any_starts(ablation, tmp_path, capsys, changes, difference):
+    (tmp_path / "other.txt").write_text("four five six")
+    assert ablation("--seeds", "1") == (0, ["base_seed-0"])
+    assert ablation("--seeds", "2", *(text.format(tmp_path) for text in changes)) == (2, [])
+    assert f"base_seed-0: begun with other settings ({difference.format(tmp_path, tmp_path)}" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "runs" / "base_seed-1").exists()
+
+
+def test_what_neither_learns_nor_judges_otherwise_may_differ(ablation):
+    assert ablation("--seeds", "1") == (0, ["base_seed-0"])
+    free = {"log_every": 2, "validation_every": 7, "save_every": 7, "keep_last": 1, "probe_steps": 1, "precision": "strict"}
+    changes = [part for key, value in free.items() for part in ("--set", f"pretrain.{key}={value}")]
+    monitor = ["--set", "csv_monitor.enabled=true", "--set", "steps_per_print=5"]
+    assert ablation("--seeds", "2", *changes, *monitor) == (0, ["base_seed-1"])
+    assert ablate.FREE < RUN_ONLY_KEYS
+
+
+def test_a_text_that_was_edited_is_refused_and_one_that_is_gone_where_runs_need_it(ablation, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    assert ablation("--seeds", "1") == (0, ["base_seed-0"])
+    text.write_text("one two three\n")  # the same documents, in a newer file
+    assert ablation("--seeds", "2") == (0, ["base_seed-1"])
+    text.write_text("one two four")
+    assert ablation("--seeds", "3") == (2, [])
+    assert "base_seed-0: begun with other settings (pretrain.data (content): " in capsys.readouterr().err
+    text.unlink()
+    assert ablation("--seeds", "3") == (2, []) and "text.txt: no such file" in capsys.readouterr().err
+    assert ablation("--seeds", "2") == (0, [])  # the table of what is finished
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "model"])
+def test_runs_on_another_tokenizer_or_trained_model_of_the_same_name_are_refused(ablation, tmp_path, capsys, what):
+    given = ["--set", f"pretrain.{what}={tmp_path / what}"]
+    assert ablation("--seeds", "1", *given) == (0, ["base_seed-0"])
+    assert ablation("--seeds", "2", *given) == (0, ["base_seed-1"])
+    (tmp_path / what / "tokenizer.json").write_text("{}")
+    assert ablation("--seeds", "3", *given) == (2, [])
+    assert f"base_seed-0: begun with other settings (pretrain.{what} (content): " in capsys.readouterr().err
+
+
+def test_runs_on_data_built_anew_under_the_same_name_are_refused(ablation, tmp_path, capsys, small_data):
+    built = data.build([str(small_data.parent / "text.txt")], tmp_path / "built", vocab_size=300, seq_length=32)
+    assert ablation("--seeds", "1", "--data", str(built)) == (0, ["base_seed-0"])
+    again = {"tokenizer": str(small_data / "tokenizer"), "seq_length": 32, "overwrite": True}
+    data.build([str(small_data.parent / "text.txt")], built, **again)
+    assert ablation("--seeds", "2", "--data", str(built)) == (0, ["base_seed-1"])  # the same text, cut alike
+    data.build([str(small_data.parent / "text.txt")], built, **again, seed=1)
+    assert ablation("--seeds", "3", "--data", str(built)) == (2, [])
+    assert "base_seed-0: begun with other settings (pretrain.data (content): " in capsys.readouterr().err
+
+
+def test_data_that_changes_while_an_ablation_runs_ends_it(ablation, tmp_path, monkeypatch):
+    pretend = ablate.subprocess.run
+
+    def edited_meanwhile(command: list[str], **more: object) -> Namespace:
+        (tmp_path / "text.txt").write_text("one two four")
+        return pretend(command, **more)
+
+    monkeypatch.setattr(ablate.subprocess, "run", edited_meanwhile)
+    with pytest.raises(SystemExit, match=r"base_seed-1: pretrain.data \(content\) changed since the first run"):
+        ablation("--seeds", "2")
+
+
+def test_a_table_of_frequencies_is_exported_as_one(tmp_path, small_data, monkeypatch):
+    """With the scores as they are, pins included, though the counts behind them are not in the checkpoint's table."""
+    tokenizer = AutoTokenizer.from_pretrained(small_data / "tokenizer")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    network = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes))
+    sctd_ds.export(network, tmp_path / "model", tokenizer)
+    (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
+    scores = torch.rand(len(tokenizer)).index_fill_(0, torch.tensor([1, 2, 50]), PINNED)
+    learned = ImportanceTable(scores, drop_ratio=0.25, policy="frequency")
+    monkeypatch.setattr(ablate.Model, "read_checkpoint", lambda _: (network.state_dict(), learned))
+    written = read_importance(ablate.export_point(tmp_path, 4))
+    assert (written.policy, written.drop_ratio) == ("frequency", 0.25) and torch.equal(written.scores, scores)
 
 
 def test_score_is_the_mean_over_tasks_or_else_over_probes():
@@ -100,13 +221,17 @@ def test_score_is_the_mean_over_tasks_or_else_over_probes():
 
 
 def finished_run(out: Path, run: Run, loss: float, saved: float = 0.2, dense_flops: float = 1e9) -> None:
-    folder = out / "runs" / run.name
+    folder = run.folder(out)
     folder.mkdir(parents=True)
+    (folder / BEGAN).write_text(json.dumps({"commit": "abc", "settings": {}}))
+    write_outcome(folder, loss, saved, dense_flops)
+
+
+def write_outcome(folder: Path, loss: float, saved: float = 0.2, dense_flops: float = 1e9) -> None:
     validation = {"step": 5, "loss_full": loss}
     report = {"validation": validation, "global_batch": 32, "samples_per_s": 16.0, "steps": 5, "seq_length": 64}
     report |= {"flops_saved": saved, "flops_per_sequence": {"dense": dense_flops}, "environment": {"device": "CPU"}}
     (folder / "report.json").write_text(json.dumps(report))
-    (folder / BEGAN).write_text(json.dumps({"commit": "abc", "settings": {}}))
     kinds, ms = ("drop", "drop", "align", "drop", "align"), {"drop": 1000.0, "align": 3000.0}
     lines = [{"event": "train", "step": step, "kind": kind, "step_ms": ms[kind]} for step, kind in enumerate(kinds, 1)]
     lines[3]["step_ms"] = 99000.0  # a stall of the machine, not of the method
