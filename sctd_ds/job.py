@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,27 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
 
     path = ranks.on_first(build)
     return ranks.on_all(load)
+
+
+def make_batches(run: RunConfig, packed: data.PackedData, rank: int) -> tuple[data.Loader, Callable[[], Iterator[data.Batch]]]:
+    """This rank's training batches, and a function that gives its validation batches, the same ones each time."""
+    options = run.pretrain
+    masker = data.Masker(packed.tokenizer, options.seed, options.mlm_probability)
+    # DeepSpeed numbers ranks stage by stage; all stages of a pipeline read the same rows.
+    replica, world = rank % run.world_size, run.world_size
+    loader = data.Loader(
+        packed.train,
+        masker,
+        micro_batch=run.micro_batch,
+        accumulation=run.accumulation,
+        rank=replica,
+        world=world,
+        seed=options.seed,
+        num_workers=options.num_workers,
+    )
+    most = -(-options.validation_rows // run.micro_batch)
+    rows = {"batch_size": run.micro_batch, "rank": replica, "world": world, "max_batches": most}
+    return loader, partial(data.validation_batches, packed.validation, masker, **rows)
 
 
 def build_model(run: RunConfig, packed: data.PackedData) -> transformers.PreTrainedModel:
