@@ -186,6 +186,15 @@ def test_dry_run_forecasts_and_writes_nothing(mini, caplog):
     assert re.search(r"whole run\s+14 steps, about [\d.,]+ hours", caplog.text) and "time saved" in caplog.text
 
 
+def test_runs_of_other_seeds_hold_out_the_same_text(mini, small_data):
+    text = str(small_data.parent / "text.txt")
+    for seed in (0, 1):
+        assert mini("--data", text, output=f"seed{seed}", pretrain={**FEW, "seed": seed, "vocab_size": 300}) == 0
+    stored = [json.loads((mini.folder / f"seed{n}/checkpoints/step_00000004/settings.json").read_text()) for n in (0, 1)]
+    first, second = (content["settings"] for content in stored)
+    assert first["data.fingerprint"] == second["data.fingerprint"] and first["pretrain.seed"] != second["pretrain.seed"]
+
+
 def test_loader_workers_change_nothing(mini):
     assert mini(output="none", pretrain=FEW) == 0
     assert mini(output="two", pretrain={**FEW, "num_workers": 2}) == 0
