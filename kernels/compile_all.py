@@ -127,6 +127,11 @@ def launch_all() -> Iterator[str]:
             divergence.softmax_kl_backward(rows, x, x, kl_stats, True, False)
             yield f"{name} student"
             divergence.softmax_kl_backward(rows, x, x, kl_stats, False, True)
+        if not aligned:
+            yield f"{name} one class"
+            cross_entropy.cross_entropy_forward(
+                torch.empty(32, 1, dtype=dtype), torch.empty(32, dtype=torch.int64), -100, False
+            )
         for integer in INTEGERS:
             logits = floats(32, 2 * cross_entropy.BLOCK_V, dtype=dtype, aligned=aligned)
             labels = torch.empty(32, dtype=integer)

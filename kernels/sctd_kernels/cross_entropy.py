@@ -84,10 +84,12 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int, ove
     logits = unit_last_stride(logits)
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
     stats = torch.empty((2, N), dtype=torch.float32, device=logits.device)
+    # Triton makes a constant of V = 1, and 3.6 fails to compile a loop of which it then knows that it never runs.
+    block = BLOCK_V if V > 1 else 1
     with on_device_of(logits):
         cross_entropy_kernel[(N,)](
             logits, labels.contiguous(), loss, stats, N, V, logits.stride(0), ignore_index,
-            BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+            BLOCK_V=block, num_warps=NUM_WARPS,
         )  # fmt: skip
     return loss, stats
 
