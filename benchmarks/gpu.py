@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -71,12 +72,18 @@ def run(checks: Mapping[str, Check], out: Path, minutes: float = float("inf")) -
             log = logs / f"{name}.log"
             command = [part.format(out=out.resolve()) for part in check.command]
             with log.open("w", encoding="utf-8") as file:
+                # A session of its own, so that what a launcher has started ends with it and frees the device.
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                                           start_new_session=True)  # fmt: skip
                 try:
-                    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                                          timeout=None if end == float("inf") else end - start, check=False)  # fmt: skip
-                    results[name] = PASSED if done.returncode == 0 else f"failed with status {done.returncode}: {log}"
+                    status = process.wait(None if end == float("inf") else end - start)
+                    results[name] = PASSED if status == 0 else f"failed with status {status}: {log}"
                 except subprocess.TimeoutExpired:
                     results[name] = f"{CUT_OFF}: {log}"
+                finally:
+                    if process.poll() is None:
+                        os.killpg(process.pid, signal.SIGKILL)
+                        process.wait()
         print(f"{name:13} {time.monotonic() - start:6.0f} s  {results[name]}  ({check.about})", flush=True)
     return results
 

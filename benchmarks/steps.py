@@ -161,8 +161,9 @@ class Trainer:
         self._layers: nn.ModuleList = self.model.bert.encoder.layer
         self._random_ltd_layers: nn.ModuleList | None = None
         if setup.compile:
-            # Every pair of S and B is a graph of its own.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+            # Every pair of S and B has graphs of its own, of all models; a step that quietly ran uncompiled would mislead.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
             state_of(self.model).encoder.compile()
             self._forwards["compiled"] = types.MethodType(torch.compile(plain, dynamic=False), self.model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import statistics
 import time
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -415,10 +417,12 @@ def test_percentiles_are_of_the_steps():
 
 def test_checks_that_fail_or_hang_stop_no_other_and_are_named(tmp_path, monkeypatch, capsys):
     python = [gpu.PYTHON, "-c"]
+    worker = [gpu.PYTHON, "-c", "import time; time.sleep(600)"]
+    launcher = f"import subprocess, time; print(subprocess.Popen({worker}).pid, flush=True); time.sleep(600)"
     checks = {
         "first": gpu.Check("fails", (*python, "print('why'); raise SystemExit(3)")),
         "second": gpu.Check("passes", (*python, "import benchmarks, sctd_kernels; open('{out}/made', 'w')")),
-        "third": gpu.Check("hangs", (*python, "import time; time.sleep(600)")),
+        "third": gpu.Check("hangs", (*python, launcher)),
         "fourth": gpu.Check("is not begun", (*python, "open('{out}/begun', 'w')")),
     }
     monkeypatch.setattr(gpu, "CHECKS", checks)
@@ -430,6 +434,12 @@ def test_checks_that_fail_or_hang_stop_no_other_and_are_named(tmp_path, monkeypa
     assert (tmp_path / "made").exists() and (tmp_path / "logs" / "first.log").read_text() == "why\n"
     results = gpu.run({name: checks[name] for name in ("third", "fourth")}, tmp_path, minutes=0.05)
     assert results["third"].startswith(gpu.CUT_OFF)
+    pid = int((tmp_path / "logs" / "third.log").read_text())
+    deadline = time.monotonic() + 10
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:  # an orphan that nobody has reaped is as dead
+            assert time.monotonic() < deadline, "what the check had started lives on"
+            time.sleep(0.05)
     assert results["fourth"] == gpu.NOT_STARTED and not (tmp_path / "begun").exists()
 
 
