@@ -13,7 +13,7 @@ BACKENDS = ["triton", "torch"]
 
 def losses_and_labels(N, dtype=torch.float32):
     """Losses over ten orders of magnitude, some of them not finite, and labels with many duplicates."""
-    losses = (torch.rand(N, device=DEVICE) * 10 ** torch.randint(-5, 4, (N,), device=DEVICE)).to(dtype)
+    losses = (torch.rand(N, device=DEVICE) * 10.0 ** torch.randint(-5, 4, (N,), device=DEVICE)).to(dtype)
     losses[::17], losses[5::17], losses[6::17] = float("nan"), float("inf"), -float("inf")
     labels = torch.randint(V, (N,), device=DEVICE)
     labels[::5] = -100
