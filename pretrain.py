@@ -175,7 +175,7 @@ def train(
             last = step == options.steps
             if last or (options.validation_every and step % options.validation_every == 0 and applied):
                 metrics.validation(step, evaluate(), loader.position)
-            if last or engine.stop_agreed or (options.save_every and step % options.save_every == 0):
+            if last or engine.stop_agreed or (options.save_every and step % options.save_every == 0 and applied):
                 save()
             if engine.stop_agreed and not last:
                 return True

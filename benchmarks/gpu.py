@@ -25,6 +25,7 @@ PYTHON = sys.executable
 PYTEST = (PYTHON, "-m", "pytest", "-q", "--no-showlocals", "--tb=short")
 DRY_RUN = (PYTHON, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "pretrain.py", "--dry-run", "--data", "python-docs",
            "--deepspeed_config")  # fmt: skip
+TRAIN_STEP = (PYTHON, "-m", "benchmarks.train_step")
 PASSED, CUT_OFF, NOT_STARTED = "passed", "cut off by --minutes", "not started: --minutes are over"
 
 
@@ -46,10 +47,11 @@ CHECKS: dict[str, Check] = {
     "large": Check("ds_configs/large.json fits: memory and forecast", (*DRY_RUN, "ds_configs/large.json")),
     "kernel-speed": Check("kernels against copy bandwidth", (PYTHON, "-m", "benchmarks.kernels", "--output", "{out}")),
     "step-speed": Check(
-        "steps against dense and Hugging Face, and where their time goes",
-        (PYTHON, "-m", "benchmarks.train_step", "--profile", "--out", "{out}"),
+        "BERT-large's steps against dense and Hugging Face, and where their time goes",
+        (*TRAIN_STEP, "--cases", "large:512:64", "--profile", "--out", "{out}"),
     ),
     "table5": Check("the paper's Table 5 from the steps just measured", (PYTHON, "-m", "benchmarks.table5", "--out", "{out}")),
+    "all-steps": Check("base and large, two lengths, two batch sizes: most of an hour", (*TRAIN_STEP, "--out", "{out}/all")),
 }
 
 

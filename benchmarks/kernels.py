@@ -5,7 +5,8 @@ the same run. A figure is printed only for an implementation whose outputs and g
 twin on that very input. Without a GPU the table holds bytes and floors, and says that nothing was measured.
 
 The table shows S = 512; everything goes to `results/<device>/kernels.csv`, the shares of copy bandwidth at B=64, S=512, D=1024
-to `kernels.png`. torch.compile compiles for each shape, which takes seconds, so it is measured at S = 512 only.
+to `kernels.png`. torch.compile compiles for each shape, which takes seconds, so it is measured at S = 512 only. The backward
+of random-LTD's scatter is refused: it leaves the kept rows' gradient in place, which is right only together with its gather.
 """
 
 import argparse

@@ -9,7 +9,6 @@ disk, and only then renamed. So a folder with a final name is complete; what it 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -179,7 +178,7 @@ def restore(engine: Any, folder: Path) -> int:
                 here, there = fragment.hp_fragment_address, fragment.lp_fragment_address
                 value = moments[names_of[parameter]][key].narrow(0, there.start, there.numel)
                 state[key].narrow(0, here.start, here.numel).copy_(value)
-        base.state[flat] = {**state, **copy.deepcopy(shared)}
+        base.state[flat] = {**state, **_placed(shared, group, flat.device)}
     if engine.lr_scheduler is not None and client["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(client["lr_scheduler"])
     engine.global_steps, engine.skipped_steps = client["global_steps"], client["skipped_steps"]
@@ -187,6 +186,12 @@ def restore(engine: Any, folder: Path) -> int:
     engine.sctd.importance.to(engine.device)
     engine.sctd.importance.load_state_dict(client["sctd"]["importance"])
     return client.get("position", 0)
+
+
+def _placed(shared: Mapping[str, Any], group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A copy of what a group's state holds once (the step count), where its optimizer reads it: fused ones on the device."""
+    place = device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+    return {key: value.to(place, copy=True) if isinstance(value, Tensor) else value for key, value in shared.items()}
 
 
 Pieces = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], list[dict[str, Any]], list[dict[str, Any]]]

@@ -5,6 +5,7 @@ Legend: B rows, S tokens, K kept tokens, R positions of a row that the loss read
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import types
@@ -67,7 +68,23 @@ class Encoder:
         self.adapter = adapter
         self.plan = plan
         self._layer: Callable[..., Tensor] = adapter.layer
-        self.compiled = False
+        self._compile_options: dict[str, Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
+        """An encoder of the copied model. Compiled code is shared, but for a layer that looks things up in its own adapter."""
+        memo[id(self)] = twin = object.__new__(Encoder)
+        twin.adapter, twin.plan = copy.deepcopy(self.adapter, memo), self.plan
+        twin._layer, twin._compile_options = twin.adapter.layer, None
+        if self._compile_options is not None:
+            if hasattr(self.adapter.layer, "__self__"):
+                twin.compile(**self._compile_options)
+            else:
+                twin._layer, twin._compile_options = self._layer, self._compile_options
+        return twin
+
+    @property
+    def compiled(self) -> bool:
+        return self._compile_options is not None
 
     def compile(self, **options: Any) -> None:
         """Compile one layer; every layer shares the code, one graph per shape: (S, S), (K, S), (K, K) and (R, S).
@@ -77,7 +94,7 @@ class Encoder:
         # Masked and unmasked, and the rows of a "spread" step, add to the four shapes; the default limit is 8.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         self._layer = torch.compile(self.adapter.layer, dynamic=False, **options)
-        self.compiled = True
+        self._compile_options = options
 
     def prefix(self, batch: Batch) -> Tensor:
         """Embedding and the layers before the cross layer, on all tokens: [B, S, d]."""

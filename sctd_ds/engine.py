@@ -241,8 +241,11 @@ def attach(engine: Any) -> Any:
 
 
 def init_distributed() -> None:
-    """deepspeed.init_distributed, where that is not done yet, and without what it would leave behind."""
+    """deepspeed.init_distributed, where that is not done yet, without what it would leave behind, on this rank's own device."""
     deepspeed.init_distributed(verbose=False)
+    if get_accelerator().device_name() != "cpu":
+        # DeepSpeed waits with this for its engine; a collective before that would find every rank on the first device.
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     release_shared_memory()
 
 

@@ -18,8 +18,9 @@ from sctd_ds.config import RunConfig
 from sctd_ds.probe import HUGGING_FACE, Probe
 from sctd_ds.schedule import MODES, Shape, flops_saved, kept_tokens, sequence_flops
 
-# Dense 16-bit matrix peak in FLOP/s by a part of the device's name; from the vendors' data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12, "T4": 65e12}
+# Dense 16-bit matrix peak in FLOP/s by a part of the device's name, the first that fits; from the vendors' data sheets.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "A10": 125e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
 
 
 def environment() -> dict[str, str]:

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
 import sctd_ds
 from sctd_ds.encoder import state_of
@@ -222,3 +222,28 @@ def test_modes_are_checked():
         sctd_ds.set_mode(model(), "dropped")
     with pytest.raises(ValueError, match='converted with method="dense"'):
         sctd_ds.set_mode(model(method="dense"), "drop")
+
+
+@pytest.mark.parametrize("family", ["BERT", "ModernBERT"])
+def test_a_copied_model_runs_compiled_layers_of_its_own(family):
+    """A layer that looks things up in its model (rotary positions) must find those of the copy."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    modern = family == "ModernBERT"
+    plain = ModernBertForMaskedLM(ModernBertConfig(**sizes, **special)) if modern else BertForMaskedLM(BertConfig(**sizes))
+    original = sctd_ds.convert(plain, sctd_ds.ScTDConfig(keep_token_ids=[1]))
+    state_of(original).encoder.compile(backend="eager")
+    twin = copy.deepcopy(original)
+    ours, theirs = state_of(original).encoder, state_of(twin).encoder
+    assert theirs.compiled and theirs.adapter._model is twin
+    bound_to = getattr(theirs._layer._torchdynamo_orig_callable, "__self__", None)
+    assert bound_to is (theirs.adapter if modern else None)
+    assert (theirs._layer is ours._layer) != modern
+    labels = torch.full((2, 16), -100)
+    labels[:, 3] = 5
+    data = {"input_ids": torch.randint(3, 64, (2, 16)), "labels": labels}
+    losses = []
+    for either in (original.train(), twin.train()):
+        torch.manual_seed(0)
+        losses.append(either(**data).loss)
+    assert torch.equal(*losses)

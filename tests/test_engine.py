@@ -1,8 +1,13 @@
 """The engine in real launches with one and two ranks: schedule, ZeRO stages, table, overflow, NaN, checkpoints."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ROOT, launch
+
+from sctd_ds import engine
+from sctd_ds.checkpoint import _placed
 
 KINDS = ["drop", "drop", "align", "drop", "drop", "align", "drop"]
 
@@ -119,3 +124,20 @@ def test_export_is_a_plain_hugging_face_model(results):
     assert next(one.parameters()).dtype == torch.float32
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_every_rank_works_on_its_own_device_from_the_start(monkeypatch):
+    """DeepSpeed sets it in its engine only, and ranks talk before there is one."""
+    chosen = []
+    accelerator = SimpleNamespace(device_name=lambda: "cuda", set_device=chosen.append)
+    monkeypatch.setattr(engine, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    engine.init_distributed()
+    assert chosen == [3]
+
+
+@pytest.mark.parametrize(("group", "device"), [({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({}, "cpu")])
+def test_a_step_count_is_put_where_its_optimizer_reads_it(group, device):
+    placed = _placed({"step": torch.tensor(3.0)}, group, torch.device("meta"))
+    assert placed["step"].device.type == device

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, launch, launch_command, launch_environment, settings, write_settings
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, DistilBertConfig, RobertaConfig, RobertaForMaskedLM
 
@@ -313,6 +314,17 @@ def test_speed_counts_the_steps_that_were_taken(mini):
     report = json.loads((mini.folder / "run" / "report.json").read_text())
     assert set(report["run_step_ms"]) == {"drop"}
     assert report["samples_per_s"] == pytest.approx(8 / report["run_step_ms"]["drop"] * 1000)
+
+
+def test_steps_that_overflow_before_the_first_leave_no_checkpoint(mini, monkeypatch):
+    """fp16 on this device: torch has it, DeepSpeed does not offer it here because it is slow."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    fp16 = {"enabled": True, "initial_scale_power": 32, "hysteresis": 1}
+    assert mini(fp16=fp16, pretrain={**FEW, "steps": 2}) == 0
+    train = [r for r in records(mini.folder / "run") if r["event"] == "train"]
+    assert [r["step"] for r in train] == [1, 2] and train[0]["skipped_steps"] > 0
+    names = sorted(p.name for p in (mini.folder / "run" / "checkpoints").glob("step_*"))
+    assert names == ["step_00000001", "step_00000002"]
 
 
 def test_keep_last_and_failed_writes_leave_complete_checkpoints(mini, monkeypatch, capsys):
