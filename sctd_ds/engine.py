@@ -243,8 +243,8 @@ def attach(engine: Any) -> Any:
 def init_distributed() -> None:
     """deepspeed.init_distributed, where that is not done yet, without what it would leave behind, on this rank's own device."""
     deepspeed.init_distributed(verbose=False)
-    if get_accelerator().device_name() != "cpu":
-        # DeepSpeed waits with this for its engine; a collective before that would find every rank on the first device.
+    # DeepSpeed waits with this for its engine; a collective before that would find every rank on the first device.
+    if get_accelerator().device_name() != "cpu" and "LOCAL_RANK" in os.environ:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     release_shared_memory()
 

@@ -83,11 +83,11 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, folder: Path) -> di
     if train:
         # The median step of each kind, as often as the run took it: start-up and saving do not count.
         kinds = [record["kind"] for record in train]
-        report["samples_per_s"] = run.global_batch / statistics.mean(report["run_step_ms"][kind] for kind in kinds) * 1000
+        report["samples_per_s"] = run.global_batch / statistics.fmean(report["run_step_ms"][kind] for kind in kinds) * 1000
         report["tokens_per_s"] = report["samples_per_s"] * shape.length
         peak = next((value for name, value in PEAK_FLOPS.items() if name in env["device"]), None)
         if peak:
-            done = statistics.mean(flops[kind] for kind in kinds) * report["samples_per_s"] / run.ranks
+            done = statistics.fmean(flops[kind] for kind in kinds) * report["samples_per_s"] / run.ranks
             report["mfu"] = done / peak
     if get_accelerator().device_name() != "cpu":
         report["peak_memory_bytes"] = get_accelerator().max_memory_allocated()
