@@ -23,12 +23,17 @@ import transformers
 from deepspeed.utils import logger as deepspeed_logger
 
 import sctd_ds
-from sctd_ds import checkpoint, config, data, job, probe, ranks, report
-from sctd_ds.engine import NonFiniteLossError, TrainingError, init_distributed
-from sctd_ds.metrics import Metrics
-from sctd_ds.pipeline import Pipeline
-from sctd_ds.schedule import kept_tokens
-from sctd_ds.validation import validate
+from sctd_ds import data
+from sctd_ds.config import ConfigError
+from sctd_ds.engine import checkpoint, ranks
+from sctd_ds.engine.pipeline import Pipeline
+from sctd_ds.engine.ranks import init_distributed
+from sctd_ds.engine.step import NonFiniteLossError, TrainingError
+from sctd_ds.method.plan import kept_tokens
+from sctd_ds.run import job, models, probe, report
+from sctd_ds.run.metrics import Metrics
+from sctd_ds.run.settings import RunConfig
+from sctd_ds.run.validation import validate
 
 logger = logging.getLogger("pretrain")
 
@@ -75,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     rank, world = dist.get_rank(), dist.get_world_size()
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    run = ranks.on_all(lambda: config.load(arguments.deepspeed_config, arguments.overrides, world))
+    run = ranks.on_all(lambda: job.load(arguments.deepspeed_config, arguments.overrides, world))
     for note in run.notes:
         logger.info("%s", note)
     options = run.pretrain
@@ -86,12 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     origin = found or arguments.start_from
 
     packed = job.prepare_data(arguments.data or options.data, run)
-    settings = {**run.flat(), "data.fingerprint": packed.meta.fingerprint}
+    recorded = {**run.flat(), "data.fingerprint": packed.meta.fingerprint}
     if origin:
         allowed = tuple(arguments.allow_change)
-        ranks.on_all(lambda: checkpoint.check(origin, settings, allowed, steps=options.steps, other_layout=not found))
+        ranks.on_all(lambda: checkpoint.check(origin, recorded, allowed, steps=options.steps, other_layout=not found))
     loader, validation = job.make_batches(run, packed, rank)
-    model = ranks.on_all(lambda: job.build_model(run, packed))
+    model = ranks.on_all(lambda: models.build_model(run, packed))
     shape = job.shape_of(model, run, packed)
     logger.info("%s", job.describe(model, run, packed))
 
@@ -117,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def save() -> None:
         metrics.flush()  # a checkpoint stands for its steps: what is known of them must last as long
-        checkpoint.save(engine, folder / "checkpoints", settings, loader.position, options.keep_last)
+        checkpoint.save(engine, folder / "checkpoints", recorded, loader.position, options.keep_last)
 
     if train(engine, loader, run, metrics, evaluate=lambda: validate(engine, validation()), save=save):
         logger.info("stopped by a signal after step %d; the same command continues", engine.applied_steps)
@@ -135,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(
     engine: Any,
     loader: data.Loader,
-    run: config.RunConfig,
+    run: RunConfig,
     metrics: Metrics,
     evaluate: Callable[[], dict[str, float]],
     save: Callable[[], None],
@@ -213,7 +218,7 @@ def run_and_report(argv: list[str] | None = None) -> int:
     """main, with errors that are meant for the user as one line on rank 0."""
     try:
         return main(argv)
-    except (config.ConfigError, data.DataError, checkpoint.CheckpointError) as error:
+    except (ConfigError, data.DataError, checkpoint.CheckpointError) as error:
         problem, status = error, 2
     except TrainingError as error:
         problem, status = error, 3

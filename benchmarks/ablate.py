@@ -34,12 +34,14 @@ import sctd_ds
 from benchmarks.ablation_tables import BEGAN, LAYERS, REPORT, Run, Runs, in_order, write
 from benchmarks.harness import ROOT, commit
 from sctd_ds import data
-from sctd_ds.config import ConfigError, RunConfig, load, model_config
+from sctd_ds.config import ConfigError
 from sctd_ds.data.sources import META, documents, identity
 from sctd_ds.eval import EvalError
 from sctd_ds.eval.store import Model, fingerprint
+from sctd_ds.eval.synthetic import MARK
 from sctd_ds.eval.tasks import PROBES, TASKS
-from sctd_ds.eval.twins import MARK
+from sctd_ds.run.models import model_config
+from sctd_ds.run.settings import RunConfig, load
 
 # By sweep, what each variant sets beside the base configuration. Variants of equal settings are one run.
 # A function gets the base's number of layers.

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sctd_ds import metrics
-from sctd_ds.config import RunConfig, model_config
 from sctd_ds.eval.report import mean_of, paired_p, table
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
-from sctd_ds.schedule import Shape, part_flops
+from sctd_ds.method.flops import Shape, part_flops
+from sctd_ds.run import metrics
+from sctd_ds.run.models import model_config
+from sctd_ds.run.settings import RunConfig
 
 # The paper's results by sweep: columns, and their values by variant. Figure 7 has no numbers.
 PAPER: dict[str, tuple[tuple[str, ...], dict[str, tuple[float, ...]]]] = {

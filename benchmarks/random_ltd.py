@@ -14,7 +14,7 @@ from deepspeed.runtime.data_pipeline.data_routing.helper import convert_to_rando
 from torch import nn
 from transformers.models.bert.modeling_bert import BertLayer
 
-from sctd_ds.schedule import LayerPlan
+from sctd_ds.method.plan import LayerPlan
 
 
 @functools.cache

@@ -17,10 +17,12 @@ import sctd_ds
 from benchmarks import random_ltd
 from benchmarks.profiling import UPDATE
 from sctd_ds.config import ScTDConfig
-from sctd_ds.encoder import state_of
-from sctd_ds.probe import HUGGING_FACE, STATIC_FP16, release_memory
-from sctd_ds.report import PEAK_FLOPS
-from sctd_ds.schedule import LayerPlan, Mode, Shape, kept_tokens, part_flops, sequence_flops
+from sctd_ds.method.convert import state_of
+from sctd_ds.method.flops import Shape, part_flops, sequence_flops
+from sctd_ds.method.plan import LayerPlan, kept_tokens
+from sctd_ds.method.schedule import Mode
+from sctd_ds.run.probe import HUGGING_FACE, STATIC_FP16, release_memory
+from sctd_ds.run.report import PEAK_FLOPS
 
 VOCABULARY = 30528  # BERT's 30522 as pretrain.py pads it, for every variant
 MODELS: dict[str, dict[str, Any]] = {

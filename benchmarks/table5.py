@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.harness import Environment
 from benchmarks.steps import ALIGN, BY_NAME, SEPARATE, Case
 from benchmarks.train_step import add_arguments, make_setup, record, run
-from sctd_ds.schedule import flops_saved
+from sctd_ds.method.flops import flops_saved
 
 # Hours of 35K pretraining steps of BERT-large at 512 tokens (Zhong et al., ACL 2023, Table 5).
 PAPER_BASELINE_HOURS = 4.93

@@ -43,8 +43,8 @@ from benchmarks.steps import (
     Variant,
 )
 from sctd_ds.config import ScTDConfig
-from sctd_ds.probe import interleave, time_calls
-from sctd_ds.schedule import aligned_rows, mean_cost
+from sctd_ds.method.schedule import aligned_rows, mean_cost
+from sctd_ds.run.probe import interleave, time_calls
 
 INTERVALS = (5, 10, 20, 50)
 BURST = 4

@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from sctd_ds.adapters import Adapter, Batch, register_adapter
 from sctd_ds.config import ConfigError, ScTDConfig
-from sctd_ds.encoder import convert, importance, revert, set_mode
+from sctd_ds.method import convert as _method
+from sctd_ds.method.convert import importance, revert, set_mode
 
 if TYPE_CHECKING:
-    from sctd_ds.engine import ScTDEngine, initialize
-    from sctd_ds.huggingface import export
-    from sctd_ds.pipeline import Pipeline, ScTDPipelineEngine
-    from sctd_ds.trainer import ScTDCallback, StepClock
+    from sctd_ds.engine.data_parallel import ScTDEngine
+    from sctd_ds.engine.initialize import initialize
+    from sctd_ds.engine.pipeline import Pipeline, ScTDPipelineEngine
+    from sctd_ds.integrations.callback import ScTDCallback, StepClock
+    from sctd_ds.integrations.export import export
 
 try:
     __version__ = version("sctd_ds")
@@ -38,14 +40,30 @@ __all__ = [
 ]
 
 _LAZY = {
-    "initialize": "engine",
-    "ScTDEngine": "engine",
-    "export": "huggingface",
-    "Pipeline": "pipeline",
-    "ScTDPipelineEngine": "pipeline",
-    "ScTDCallback": "trainer",
-    "StepClock": "trainer",
+    "initialize": "engine.initialize",
+    "ScTDEngine": "engine.data_parallel",
+    "Pipeline": "engine.pipeline",
+    "ScTDPipelineEngine": "engine.pipeline",
+    "export": "integrations.export",
+    "ScTDCallback": "integrations.callback",
+    "StepClock": "integrations.callback",
 }
+
+
+def convert(model: Any, config: ScTDConfig | None = None) -> Any:
+    """Teach `model`, or the model of a DeepSpeed engine, token dropping in place: same object, parameters, state_dict keys.
+
+    Training forwards (which need labels) then return the method's objective as their loss; `model.eval()` is the untouched
+    model. An engine also gets the method's schedule and checkpoints. Converting again replaces the configuration and keeps
+    the importance table. Raises ValueError for a model family without an adapter, with fewer than four layers, or whose
+    encoder is frozen.
+    """
+    if not hasattr(model, "_take_model_step"):
+        return _method.convert(model, config)
+    from sctd_ds.engine.initialize import attach
+
+    _method.convert(model.module, config)
+    return attach(model)
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, KEPT_IDS, PAD, build, rows
 
 import sctd_ds
-from sctd_ds.engine import init_distributed
+from sctd_ds.engine.ranks import init_distributed
 
 METHOD = {"interval": 2, "keep_token_ids": KEPT_IDS, "kl_weight": 4.0}
 

@@ -12,8 +12,9 @@ from deepspeed.accelerator import get_accelerator
 from transformers import BertConfig, BertForMaskedLM
 
 import sctd_ds
-from sctd_ds.engine import NonFiniteLossError, init_distributed
-from sctd_ds.huggingface import full_precision_state
+from sctd_ds.engine.ranks import init_distributed
+from sctd_ds.engine.step import NonFiniteLossError
+from sctd_ds.integrations.export import full_precision_state
 
 STEPS, BATCH, LENGTH, VOCABULARY = 7, 8, 16, 64
 

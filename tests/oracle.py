@@ -39,8 +39,6 @@ class Method:
     drop_ratio: float = 0.5
     kl_weight: float = 0.05
     objective: str = "paper"  # paper | released
-    kl_reduction: str = "labels"  # labels | mean
-    align_on: str = "cls"  # cls | mean | kept
     kl_layers: str = "both"  # both | last (l) | previous (l-1)
     align_schedule: str = "interval"  # interval | spread
     interval: int = 10
@@ -196,26 +194,11 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-def sequence_divergence(
-    full: tuple[Tensor, Tensor], dropped: tuple[Tensor, Tensor], kept: Sequence[int], method: Method
-) -> Tensor:
-    """KL_{l-1} + KL_l of one sequence, or the one of them that is learned.
-
-    Each pass is (layer l-1, layer l); the dropped pass has only `kept` at l-1.
-    """
+def sequence_divergence(full: tuple[Tensor, Tensor], dropped: tuple[Tensor, Tensor], method: Method) -> Tensor:
+    """KL_{l-1} + KL_l of one sequence's [CLS] states, or the one of them that is learned. Each pass is (layer l-1, layer l)."""
     if method.detach_teacher:
         full = (full[0].detach(), full[1].detach())
-    kept = list(kept)
-    if method.align_on == "cls":
-        previous, last = divergence(full[0][0], dropped[0][0]), divergence(full[1][0], dropped[1][0])
-    elif method.align_on == "mean":  # one mean state each: the kept tokens at l-1 in both passes, all tokens at l
-        previous = divergence(full[0][kept].mean(0), dropped[0].mean(0))
-        last = divergence(full[1].mean(0), dropped[1].mean(0))
-    elif method.align_on == "kept":  # mean of the divergences of the kept tokens, at both layers
-        previous = torch.stack([divergence(full[0][p], dropped[0][slot]) for slot, p in enumerate(kept)]).mean()
-        last = torch.stack([divergence(full[1][p], dropped[1][p]) for p in kept]).mean()
-    else:
-        raise ValueError(f"align_on is cls, mean or kept, not {method.align_on!r}")
+    previous, last = divergence(full[0][0], dropped[0][0]), divergence(full[1][0], dropped[1][0])
     if method.kl_layers == "both":
         return previous + last
     return last if method.kl_layers == "last" else previous
@@ -279,15 +262,15 @@ def run(
 
         if aligned[row]:
             full = bert.full_pass(x)
-            kl_sum = kl_sum + sequence_divergence(full, dropped, [real.index(p) for p in kept], method)
+            kl_sum = kl_sum + sequence_divergence(full, dropped, method)
             if method.objective == "paper":
                 full_loss = sum(bert.token_losses(full[1], labels), torch.zeros((), dtype=torch.float64))
                 full_sum += full_loss.item()
                 row_loss = row_loss / 2 + full_loss / 2
         loss_sum = loss_sum + row_loss
 
-    # CE is the mean over labelled tokens; the KL is divided by the same number (Eq. 1's weighting) or by the sequences.
-    kl = kl_sum / (labelled if method.kl_reduction == "labels" else len(batch.input_ids))
+    # CE is the mean over labelled tokens; the KL is divided by the same number (Eq. 1's weighting).
+    kl = kl_sum / labelled
     loss = loss_sum / labelled + method.kl_weight * kl
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return Outcome(

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import sctd_ds
-from sctd_ds import checkpoint
-from sctd_ds.engine import NonFiniteLossError, init_distributed
-from sctd_ds.pipeline import Pipeline
-from sctd_ds.validation import validate
+from sctd_ds.engine import checkpoint
+from sctd_ds.engine.pipeline import Pipeline
+from sctd_ds.engine.ranks import init_distributed
+from sctd_ds.engine.step import NonFiniteLossError
+from sctd_ds.run.validation import validate
 
 LAYERS, ROWS, LENGTH, VOCABULARY, LABELS, STAGES = 8, 12, 16, 64, 3, 2
 METHOD = {"interval": 3, "kl_weight": 5.0, "keep_token_ids": [1, 2, 3, 4], "labels_per_row": LABELS}
@@ -187,7 +188,7 @@ def main():
         cases.update({name: {"boundary": boundary} for name, boundary in BOUNDARIES.items()})
         cases["spread_2"] = {**cases["spread_5"], "boundary": 2}
         cases["two_prefixes"] = {"boundary": 2, "shared_prefix": False}
-        cases["kept_and_mean"] = {"boundary": 5, "align_on": "kept", "kl_reduction": "mean", "recompute_align": True}
+        cases["recomputed"] = {"boundary": 5, "recompute_align": True}
         cases["dense"] = {"boundary": 4, "method": "dense", "kinds": ["dense"] * 3}
     for name, case in cases.items():
         results[name] = against_plain_model(**{"kinds": kinds, **case})

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from sctd_ds import ConfigError, ranks
+from sctd_ds import ConfigError
+from sctd_ds.engine import ranks
 
 
 def outcome(call, *arguments) -> list:

@@ -16,11 +16,13 @@ from benchmarks import ablate
 from benchmarks.ablate import SWEEPS, configured, plan, tabulate
 from benchmarks.ablation_tables import BEGAN, PAPER, Run, in_order, measured, operations, score
 from sctd_ds import ConfigError, ScTDConfig, data
-from sctd_ds.config import RUN_ONLY_KEYS, load
-from sctd_ds.eval import twins
-from sctd_ds.huggingface import ImportanceTable, read_importance
-from sctd_ds.importance import PINNED
-from sctd_ds.schedule import MODES, Shape, flops_saved, mean_cost, sequence_flops
+from sctd_ds.config import RUN_ONLY_KEYS
+from sctd_ds.eval import synthetic as twins
+from sctd_ds.integrations.export import ImportanceTable, read_importance
+from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
+from sctd_ds.method.schedule import MODES, mean_cost
+from sctd_ds.method.selection import PINNED
+from sctd_ds.run.settings import load
 
 
 def ablation_options(out: Path, **changes) -> Namespace:

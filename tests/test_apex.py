@@ -8,7 +8,7 @@ from families import FAMILIES, build, rows
 from torch import nn
 
 import sctd_ds
-from sctd_ds import apex
+from sctd_ds.integrations import apex
 
 NORMALIZATION = """
 import torch

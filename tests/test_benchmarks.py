@@ -20,9 +20,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from benchmarks import gpu, kernels, profiling, random_ltd, steps, table5, train_step
 from benchmarks.steps import ALIGN, BY_NAME, HUGGING_FACE, RANDOM_LTD, SEPARATE, VARIANTS, Case, Setup, Trainer
 from benchmarks.train_step import Measured
-from sctd_ds.encoder import state_of
-from sctd_ds.engine import ScTDEngine
-from sctd_ds.probe import interleave, time_calls
+from sctd_ds.engine.data_parallel import ScTDEngine
+from sctd_ds.method.convert import state_of
+from sctd_ds.run.probe import interleave, time_calls
 
 TOY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 96}
 CASE = Case("small", 32, 4)

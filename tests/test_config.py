@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, settings
 from transformers import BertConfig
 
-from sctd_ds import ConfigError, ScTDConfig, config
+from sctd_ds import ConfigError, ScTDConfig, config, deepspeed_json
+from sctd_ds.run import job
 
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
@@ -21,7 +22,7 @@ def test_shipped_configurations_load(file, tmp_path, monkeypatch):
     if file.stem == "adapt":  # its model stands on the Hub
         BertConfig().save_pretrained(tmp_path / pretrain["model"])
         monkeypatch.chdir(tmp_path)
-    run = config.load(file, world_size=pretrain.get("stages", 1))
+    run = job.load(file, world_size=pretrain.get("stages", 1))
     assert (run.pretrain.trained_model is not None) == (file.stem == "adapt")
     assert run.global_batch == run.deepspeed["train_batch_size"]
 
@@ -35,7 +36,7 @@ def test_baselines_differ_in_the_method_only(model, baseline):
 
 
 def test_large_is_the_papers_recipe():
-    run = config.load(ROOT / "ds_configs" / "large.json", world_size=8)
+    run = job.load(ROOT / "ds_configs" / "large.json", world_size=8)
     assert (run.global_batch, run.pretrain.steps, run.pretrain.seq_length, run.pretrain.mlm_probability) == (
         1024,
         250_000,
@@ -48,7 +49,7 @@ def test_large_is_the_papers_recipe():
 
 
 def test_overrides_reach_any_key_and_parse_json():
-    run = config.load(settings(), ["sctd.interval=20", "pretrain.model.num_hidden_layers=6", 'wandb={"enabled": false}'])
+    run = job.load(settings(), ["sctd.interval=20", "pretrain.model.num_hidden_layers=6", 'wandb={"enabled": false}'])
     assert (
         run.sctd.interval == 20
         and run.pretrain.model["num_hidden_layers"] == 6
@@ -80,7 +81,7 @@ def test_one_wrong_letter_anywhere_is_an_error_that_names_the_key():
                 continue
             block[typo] = block.pop(key)
             with pytest.raises(ConfigError, match=re.escape(typo)) as error:
-                config.load(broken)
+                job.load(broken)
             assert "did you mean" in str(error.value) or "known:" in str(error.value)
             seen += 1
     assert seen > 100
@@ -113,22 +114,22 @@ def test_one_wrong_letter_anywhere_is_an_error_that_names_the_key():
 )
 def test_what_cannot_work_is_named(change, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        config.load(settings(), [change])
+        job.load(settings(), [change])
 
 
 def test_two_precisions_are_refused():
     with pytest.raises(ConfigError, match="choose one"):
-        config.load(settings(fp16={"enabled": True}, bf16={"enabled": True}))
+        job.load(settings(fp16={"enabled": True}, bf16={"enabled": True}))
 
 
 def test_fp16_falls_back_to_bf16_aloud_or_not_at_all(monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
-    run = config.load(settings(fp16={"enabled": True}))
+    run = job.load(settings(fp16={"enabled": True}))
     assert run.deepspeed["bf16"] == {"enabled": True} and "fp16" not in run.deepspeed and "bf16 instead" in run.notes[0]
     with pytest.raises(ConfigError, match="has no fp16"):
-        config.load(settings(fp16={"enabled": True}), ["pretrain.precision=strict"])
+        job.load(settings(fp16={"enabled": True}), ["pretrain.precision=strict"])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_broken_files_are_named_with_the_place(tmp_path, text, message):
     file = tmp_path / "broken.json"
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=message):
-        config.load(file)
+        job.load(file)
 
 
 def test_known_keys_are_those_deepspeed_reads():
@@ -161,7 +162,7 @@ def test_known_keys_are_those_deepspeed_reads():
     )
     by_name = {getattr(constants, name) for name in named if isinstance(getattr(constants, name, None), str)}
     assert len(by_name) > 15
-    assert read_directly | by_name <= config.DEEPSPEED_KEYS
+    assert read_directly | by_name <= deepspeed_json.DEEPSPEED_KEYS
 
 
 def test_method_block_stands_alone():

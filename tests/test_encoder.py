@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
 import sctd_ds
-from sctd_ds.encoder import state_of
+from sctd_ds.method.convert import state_of
 
 KEEP = [1, 2, 3, 4]
 
@@ -113,9 +113,13 @@ def test_random_policy_keeps_pinned_ids_and_different_positions_each_time():
     data["input_ids"][:, 20] = 4
     wrapped = state_of(x).adapter.batch((), data)
     first, second = state_of(x).select(wrapped), state_of(x).select(wrapped)
-    assert not torch.equal(first.kept, second.kept)
+    assert not torch.equal(first.positions, second.positions)
     for selection in (first, second):
-        assert (selection.kept == 0).any(1).all() and (selection.kept == 20).any(1).all() and selection.kept.shape == (4, 16)
+        assert (
+            (selection.positions == 0).any(1).all()
+            and (selection.positions == 20).any(1).all()
+            and selection.positions.shape == (4, 16)
+        )
 
 
 def test_random_policy_in_a_half_precision_program():
@@ -123,7 +127,7 @@ def test_random_policy_in_a_half_precision_program():
     wrapped = state_of(x).adapter.batch((), batch())
     torch.set_default_dtype(torch.float16)
     try:
-        assert state_of(x).select(wrapped).kept.shape == (4, 16)
+        assert state_of(x).select(wrapped).positions.shape == (4, 16)
     finally:
         torch.set_default_dtype(torch.float32)
 

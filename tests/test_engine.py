@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, launch
 
-from sctd_ds import engine
-from sctd_ds.checkpoint import _placed
+from sctd_ds.engine import ranks
+from sctd_ds.engine.checkpoint import _placed
 
 KINDS = ["drop", "drop", "align", "drop", "drop", "align", "drop"]
 
@@ -130,13 +130,13 @@ def test_every_rank_works_on_its_own_device_from_the_start(monkeypatch):
     """DeepSpeed sets it in its engine only, and ranks talk before there is one."""
     chosen = []
     accelerator = SimpleNamespace(device_name=lambda: "cuda", set_device=chosen.append)
-    monkeypatch.setattr(engine, "get_accelerator", lambda: accelerator)
-    monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setattr(ranks, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(ranks.deepspeed, "init_distributed", lambda **_: None)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    engine.init_distributed()
+    ranks.init_distributed()
     assert chosen == [3]
     monkeypatch.delenv("LOCAL_RANK")  # no launcher: whoever started the ranks has given them their devices
-    engine.init_distributed()
+    ranks.init_distributed()
     assert chosen == [3]
 
 

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from sctd_ds.eval import EvalError, analysis, baseline, finetune, glue_average, report, scores, sources, twins
+from sctd_ds.eval import EvalError, analysis, baseline, finetune, glue_average, report, scores, sources
+from sctd_ds.eval import synthetic as twins
 from sctd_ds.eval.__main__ import main
 from sctd_ds.eval.finetune import Limits
+from sctd_ds.eval.grammar import Language
+from sctd_ds.eval.grammar import main as write_grammar
 from sctd_ds.eval.store import Model
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
-from sctd_ds.grammar import Language
-from sctd_ds.grammar import main as write_grammar
-from sctd_ds.importance import PINNED
+from sctd_ds.method import passes
+from sctd_ds.method.selection import PINNED
 
 TINY = Limits(max_steps=2, max_train=48, max_eval=24)
 
@@ -517,18 +519,17 @@ def test_the_full_pass_is_the_models_own_and_the_dropped_one_is_that_of_training
     opened = analysis.open_model(Model("tiny", str(model_folder)))
     rows = analysis.windows(opened, list(Language().documents(40)), 32, 8)[0]
     analysis.estimate_importance(opened, [rows])
-    full, dropped, selection = analysis.passes(opened, rows)
+    full, dropped, selection = analysis.states(opened, rows)
     with torch.no_grad():
         plain = transformers.AutoModel.from_pretrained(model_folder)(rows, output_hidden_states=True).hidden_states[1:]
-        prefix = opened.state.encoder.prefix(opened.state.adapter.batch((), {"input_ids": rows, "labels": rows * 0 - 100}))
-        trained = opened.state.encoder.dropped_suffix(prefix, None, selection)
+        batch = opened.state.adapter.batch((), {"input_ids": rows, "labels": rows * 0 - 100})
+        trained = passes.run(opened.state, batch, "drop").dropped_pass
     for ours, theirs in zip(full, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert [x.shape[1] for x in dropped] == [32, 16, 16, 32]  # layer 1 full, 2 cross, 3 kept, 4 all
     assert torch.equal(dropped[-1], trained.last) and torch.equal(dropped[-2], trained.previous)
     assert opened.dropped_layers == (2, 3) and not torch.allclose(full[2][:, 0], dropped[2][:, 0])
-    # Looking leaves no trace.
-    assert "layer" not in vars(opened.state.adapter)
+    assert torch.equal(selection.positions, opened.state.select(batch).positions)
 
 
 def test_importance_is_the_mean_masked_loss(model_folder):
@@ -561,7 +562,7 @@ def test_export_of_a_model_carries_its_table_and_still_loads_without_a_word(mode
     import transformers
 
     import sctd_ds
-    from sctd_ds.huggingface import IMPORTANCE, read_importance
+    from sctd_ds.integrations.export import IMPORTANCE, read_importance
 
     network, tokenizer = trained(model_folder)
     folder = sctd_ds.export(network, tmp_path / "model", tokenizer)
@@ -586,7 +587,7 @@ def test_export_of_an_engine_a_pipeline_and_a_trainer_run_carries_the_table(tmp_
     from conftest import settings
 
     import sctd_ds
-    from sctd_ds.huggingface import read_importance
+    from sctd_ds.integrations.export import read_importance
 
     shape = {**settings()["pretrain"]["model"], "vocab_size": 64, "max_position_embeddings": 16}
     ids = torch.randint(5, 64, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -627,10 +628,10 @@ def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_
     opened = analysis.open_model(own)
     rows = analysis.windows(opened, texts, 32, 8)
     assert torch.equal(opened.state.importance.scores, sctd_ds.importance(network).scores)
-    _, dropped, selection = analysis.passes(opened, rows[0])
+    _, dropped, selection = analysis.states(opened, rows[0])
     scores = opened.state.importance.scores[rows[0]].index_fill(1, torch.tensor([0]), torch.inf)
     expected = scores.sort(descending=True, stable=True).indices[:, :24].sort().values  # a quarter of 32 is dropped
-    assert dropped[2].shape[1] == 24 and torch.equal(selection.kept.long(), expected)
+    assert dropped[2].shape[1] == 24 and torch.equal(selection.positions.long(), expected)
     asked = []
     monkeypatch.setattr(analysis, "estimate_importance", lambda opened, *_: asked.append(opened.table))
     examples = {split: Language().probe("tense", 20, split) for split in ("train", "validation", "test")}
@@ -653,7 +654,7 @@ def run_folder(model_folder, tmp_path_factory) -> tuple[Path, dict[int, torch.Te
     import transformers
 
     import sctd_ds
-    from sctd_ds import checkpoint
+    from sctd_ds.engine import checkpoint
 
     method = {"keep_token_ids": [1], "drop_ratio": 0.25}
     config = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.05, "torch_adam": True}},
@@ -704,7 +705,7 @@ def test_checkpoints_of_a_run_are_the_model_at_their_step(run_folder, tmp_path):
 
 
 def test_a_dense_runs_checkpoints_have_no_table(run_folder, tmp_path):
-    from sctd_ds import checkpoint
+    from sctd_ds.engine import checkpoint
 
     copy = shutil.copytree(run_folder[0], tmp_path / "copy")
     folder = copy / "checkpoints" / "step_00000002"

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM
 
 import sctd_ds
-from sctd_ds.encoder import state_of
-from sctd_ds.labels import locate_labels
+from sctd_ds.method.convert import state_of
+from sctd_ds.method.labels import locate_labels
 
 NONE = -100
 
@@ -36,17 +36,17 @@ def test_every_label_is_found_once_in_both_coordinates(data):
     assert found.fits and found.count == max(1, sum(map(len, rows)))
     for row, wanted in enumerate(rows):
         used = found.targets[row] != NONE
-        assert found.positions[row][used].tolist() == sorted(wanted)
+        assert found.tokens.positions[row][used].tolist() == sorted(wanted)
         assert (found.targets[row][used] - 5).tolist() == sorted(wanted)
         if narrow.outputs is None:
-            assert found.positions.shape[1] + 1 >= length
+            assert found.tokens.positions.shape[1] + 1 >= length
             continue
-        at, slot = narrow.outputs.at[row], narrow.outputs.slot[row]
-        assert at[0] == 0 and len(set(at.tolist())) == len(at) == found.positions.shape[1] + 1
+        at, slot = narrow.outputs.positions[row], narrow.outputs.slot[row]
+        assert at[0] == 0 and len(set(at.tolist())) == len(at) == found.tokens.positions.shape[1] + 1
         assert all(slot[position] == place for place, position in enumerate(at.tolist())) and (slot >= 0).sum() == len(at)
         # Through the narrow coordinates the same positions, each with its own slot back.
-        assert at[narrow.positions[row].long()].tolist() == found.positions[row].tolist()
-        assert [narrow.slot[row, p] for p in narrow.positions[row]] == list(range(len(used)))
+        assert at[narrow.tokens.positions[row].long()].tolist() == found.tokens.positions[row].tolist()
+        assert [narrow.tokens.slot[row, p] for p in narrow.tokens.positions[row]] == list(range(len(used)))
     assert torch.equal(narrow.targets, found.targets)
 
 
@@ -89,13 +89,6 @@ def test_last_layer_runs_where_the_loss_reads_it_and_learns_the_same(mode, label
     torch.testing.assert_close(loss, expected)
     for (name, p), q in zip(narrow.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("align_on", ["mean", "kept"])
-def test_last_layer_runs_everywhere_where_the_kl_reads_it_everywhere(align_on):
-    x, labels = model(align_on=align_on), labels_of([{3, 7}, {1}], 12)
-    assert queries_of_last_layer(x, "align", labels)[0] == [12, 12]
-    assert queries_of_last_layer(x, "drop", labels)[0] == [3]
 
 
 def test_evaluation_sees_a_plain_model():

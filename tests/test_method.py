@@ -195,18 +195,14 @@ def test_oracle_table_on_a_worked_example() -> None:
 
 ALIGNMENTS = [
     Method(kl_weight=4.0),
-    Method(kl_weight=4.0, align_on="mean"),
-    Method(kl_weight=4.0, align_on="kept"),
-    Method(kl_weight=0.3, kl_reduction="mean"),
     Method(kl_weight=4.0, kl_layers="last"),
-    Method(kl_weight=4.0, kl_layers="previous", align_on="mean"),
+    Method(kl_weight=4.0, kl_layers="previous"),
     Method(kl_weight=4.0, kl_layers="previous", objective="released"),
     Method(kl_weight=4.0, objective="released"),
-    Method(kl_weight=0.3, objective="released", align_on="kept", kl_reduction="mean"),
     Method(kl_weight=4.0, align_schedule="spread", interval=2, step=1),
-    Method(kl_weight=4.0, align_schedule="spread", interval=2, step=2, align_on="mean"),
+    Method(kl_weight=4.0, align_schedule="spread", interval=2, step=2),
     Method(kl_weight=4.0, align_schedule="spread", interval=3, step=1, objective="released"),
-    Method(kl_weight=4.0, align_schedule="spread", interval=1, step=5, align_on="kept"),
+    Method(kl_weight=4.0, align_schedule="spread", interval=1, step=5),
 ]
 
 
@@ -234,10 +230,9 @@ def test_oracle_settings_all_matter() -> None:
 def test_oracle_spread_over_every_row_is_the_interval_schedule() -> None:
     case = CASES[7]
     model = bert(case.layers)
-    for reduction in ("labels", "mean"):
-        interval = reference(model, case, Method(kl_reduction=reduction, interval=1))
-        spread = reference(model, case, Method(kl_reduction=reduction, interval=1, align_schedule="spread", step=3))
-        assert spread.loss == interval.loss
+    interval = reference(model, case, Method(interval=1))
+    spread = reference(model, case, Method(interval=1, align_schedule="spread", step=3))
+    assert spread.loss == interval.loss
 
 
 # The package against the oracle
@@ -247,7 +242,7 @@ def converted(case: Case, method: Method, **further: object) -> tuple[BertForMas
     """A converted model in the mode of `method`, its table set as `case` says, and what the oracle expects of it."""
     model = bert(case.layers)
     expected = reference(model, case, method)
-    names = ("interval", "kl_weight", "objective", "kl_reduction", "align_on", "kl_layers", "align_schedule")
+    names = ("interval", "kl_weight", "objective", "kl_layers", "align_schedule")
     chosen = {name: getattr(method, name) for name in names}
     config = sctd_ds.ScTDConfig(drop_ratio=case.drop_ratio, keep_token_ids=KEPT_IDS, **chosen, **further)
     assert sctd_ds.convert(model, config) is model
@@ -316,8 +311,6 @@ def problems(draw: st.DrawFn) -> tuple[Case, Method, bool]:
         mode=draw(st.sampled_from(["drop", "align", "align", "align"])),
         kl_weight=3.0,
         objective=draw(st.sampled_from(["paper", "released"])),
-        kl_reduction=draw(st.sampled_from(["labels", "mean"])),
-        align_on=draw(st.sampled_from(["cls", "mean", "kept"])),
         kl_layers=draw(st.sampled_from(["both", "last", "previous"])),
         align_schedule=draw(st.sampled_from(["interval", "spread"])),
         interval=draw(st.integers(1, 4)),

@@ -12,11 +12,15 @@ from transformers import BertConfig, BertForMaskedLM
 
 import pretrain
 import sctd_ds
-from sctd_ds import config, metrics, pipeline
-from sctd_ds.schedule import Shape, mean_cost, part_flops
+from sctd_ds import config
+from sctd_ds.engine import pipeline
+from sctd_ds.method.convert import state_of
+from sctd_ds.method.flops import Shape, part_flops
+from sctd_ds.method.schedule import mean_cost
+from sctd_ds.run import job, metrics
 
 REPLICATED = ["in_full", "spread_5"]
-SINGLE = ["before_cross", "after_cross", "in_kept", "before_last", "spread_2", "two_prefixes", "kept_and_mean", "dense"]
+SINGLE = ["before_cross", "after_cross", "in_kept", "before_last", "spread_2", "two_prefixes", "recomputed", "dense"]
 RANKS = [(2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
 
 
@@ -127,18 +131,18 @@ def test_what_cannot_work_is_named_by_the_engine(results, rank):
     [
         ({"pretrain": {"stages": 5}}, 5, "5 pipeline stages, but the model has 4 encoder layers"),
         ({"pretrain": {"stages": 2}}, 3, "3 ranks cannot form pipelines of 2 stages"),
-        ({"zero_optimization": {"stage": 2}}, 2, "pretrain.stages=2: with zero_optimization.stage=2"),
+        ({"zero_optimization": {"stage": 2}}, 2, "zero_optimization.stage=2 with a pipeline: use 1"),
         ({"zero_optimization": {"stage": 0}}, 2, "clips by the gradients of the first stage alone"),
         ({"pipeline": {"activation_checkpoint_interval": 1}}, 2, "activation_checkpoint_interval"),
     ],
 )
 def test_what_cannot_work_is_named_before_anything_is_built(change, ranks, message):
     with pytest.raises(config.ConfigError, match=re.escape(message)):
-        config.load(settings(**{"zero_optimization": {"stage": 1}, "pretrain": {"stages": 2}, **change}), world_size=ranks)
+        job.load(settings(**{"zero_optimization": {"stage": 1}, "pretrain": {"stages": 2}, **change}), world_size=ranks)
 
 
 def test_ranks_are_stages_times_replicas():
-    run = config.load(settings(zero_optimization={"stage": 1}, pretrain={"stages": 2}), world_size=4)
+    run = job.load(settings(zero_optimization={"stage": 1}, pretrain={"stages": 2}), world_size=4)
     assert (run.ranks, run.world_size, run.micro_batch, run.global_batch) == (4, 2, 2, 8)
 
 
@@ -148,7 +152,7 @@ def test_stages_are_as_even_in_operations_as_can_be(method, stages):
     sizes = BertConfig(vocab_size=2000, hidden_size=64, num_hidden_layers=12, num_attention_heads=2, intermediate_size=256)
     model = BertForMaskedLM(sizes)
     sctd_ds.convert(model, sctd_ds.ScTDConfig(method=method, labels_per_row=20, keep_token_ids=[1]))
-    state = sctd_ds.encoder.state_of(model)
+    state = state_of(model)
     shape = Shape(12, 64, 256, 2000, 128, 20)
     modes = ("dense",) if method == "dense" else ("dense", "drop", "align")
     cost = [
@@ -166,8 +170,8 @@ def test_stages_are_as_even_in_operations_as_can_be(method, stages):
 
 
 @pytest.fixture(scope="module")
-def job(small_data, tmp_path_factory):
-    """pretrain.py over two stages: one run that never stops, and one that continues from a checkpoint before an align step."""
+def finished(small_data, tmp_path_factory):
+    """pretrain.py over two stages: a run that never stops, and one that continues from a checkpoint before an align step."""
     folder = tmp_path_factory.mktemp("job")
     file = write_settings(folder / "mini.json", zero_optimization={"stage": 1}, pretrain={"stages": 2, "probe_steps": 1})
     done = launch(ROOT / "tests" / "resume_scenarios.py", file, small_data, folder, 3, ranks=2)
@@ -175,22 +179,22 @@ def job(small_data, tmp_path_factory):
     return folder
 
 
-def test_resumed_job_is_the_job_that_never_stopped(job):
-    assert_same_end(job / "whole", job / "from_3")
+def test_resumed_job_is_the_job_that_never_stopped(finished):
+    assert_same_end(finished / "whole", finished / "from_3")
 
 
-def test_job_reports_kinds_of_steps_bubble_and_both_passes(job):
-    report = json.loads((job / "whole" / "report.json").read_text())
+def test_job_reports_kinds_of_steps_bubble_and_both_passes(finished):
+    report = json.loads((finished / "whole" / "report.json").read_text())
     assert (report["ranks"], report["stages"], report["micro_batches"]) == (2, 2, 2)
     assert set(report["step_ms"]) == set(report["bubble_share"]) == {"dense", "drop", "align"}
     assert all(0 < share < 1 for share in report["bubble_share"].values())
     assert report["validation"]["gap"] == pytest.approx(report["validation"]["loss_drop"] - report["validation"]["loss_full"])
-    train = [r for r in metrics.read(job / "whole" / "metrics.jsonl") if r["event"] == "train"]
+    train = [r for r in metrics.read(finished / "whole" / "metrics.jsonl") if r["event"] == "train"]
     assert all(("kl_last" in r) == (r["kind"] == "align") and r["grad_norm"] > 0 for r in train) and len(train) == 14
 
 
-def test_data_parallel_job_starts_from_a_pipelines_checkpoint(job, small_data, tmp_path, capsys):
-    checkpoint = job / "whole" / "checkpoints" / "step_00000004"
+def test_data_parallel_job_starts_from_a_pipelines_checkpoint(finished, small_data, tmp_path, capsys):
+    checkpoint = finished / "whole" / "checkpoints" / "step_00000004"
 
     def start(name, *more, **changes):
         file = write_settings(tmp_path / "mini.json", **changes)
@@ -200,7 +204,7 @@ def test_data_parallel_job_starts_from_a_pipelines_checkpoint(job, small_data, t
     assert start("other", sctd={"interval": 5}) == 2
     assert "sctd.interval: 4 -> 5" in capsys.readouterr().err
     assert start("run") == 0
-    ours, theirs = (metrics.read(run / "metrics.jsonl") for run in (tmp_path / "run", job / "whole"))
+    ours, theirs = (metrics.read(run / "metrics.jsonl") for run in (tmp_path / "run", finished / "whole"))
     ours, theirs = ([r for r in records if r["event"] == "train"] for records in (ours, theirs))
     assert [(r["step"], r["kind"], r["lr"]) for r in ours] == [(r["step"], r["kind"], r["lr"]) for r in theirs[4:]]
     # Dropout draws anew, which moves a loss by less than four steps of learning do.

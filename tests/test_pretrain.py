@@ -22,8 +22,11 @@ sys.path.insert(0, str(ROOT))
 
 import pretrain
 import sctd_ds
-from sctd_ds import checkpoint, config, data, engine, job, metrics
-from sctd_ds.huggingface import read_importance
+from sctd_ds import data
+from sctd_ds.engine import checkpoint
+from sctd_ds.engine.data_parallel import ScTDEngine
+from sctd_ds.integrations.export import read_importance
+from sctd_ds.run import job, metrics, models
 
 INTERVAL, EPOCH = 4, 5  # steps; see conftest
 RESUMED = (1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * EPOCH)
@@ -204,14 +207,14 @@ def test_loader_workers_change_nothing(mini):
 
 def test_deterministic_kernels_where_they_are_asked_for(mini, monkeypatch):
     """On a CPU they are the usual ones. The strict mode is on while the model trains, and nothing in a step refuses it."""
-    modes, agree = [], engine.ScTDEngine._agree
+    modes, agree = [], ScTDEngine._agree
 
     def watch(self):
         warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
         modes.append((torch.are_deterministic_algorithms_enabled(), warns_only, torch._inductor.config.deterministic))
         agree(self)
 
-    monkeypatch.setattr(engine.ScTDEngine, "_agree", watch)
+    monkeypatch.setattr(ScTDEngine, "_agree", watch)
     try:
         assert mini(output="usual", pretrain=FEW) == 0
         assert mini(output="strict", pretrain={**FEW, "deterministic": True}) == 0
@@ -347,7 +350,7 @@ def test_keep_last_and_failed_writes_leave_complete_checkpoints(mini, monkeypatc
 
 
 def test_nan_loss_stops_with_step_and_samples(mini, monkeypatch, capsys, caplog):
-    original = job.build_model
+    original = models.build_model
 
     def poisoned(run, packed):
         model = original(run, packed)
@@ -360,7 +363,7 @@ def test_nan_loss_stops_with_step_and_samples(mini, monkeypatch, capsys, caplog)
         model.cls.predictions.transform.register_forward_hook(hook)
         return model
 
-    monkeypatch.setattr(job, "build_model", poisoned)
+    monkeypatch.setattr(models, "build_model", poisoned)
     assert mini(pretrain=FEW) == 3
     assert "step 3: the loss is not finite" in capsys.readouterr().err
     assert re.search(r"samples \(epoch, row\).*\[\(0, \d+\)", caplog.text)
@@ -395,8 +398,8 @@ def trained(small_data, tmp_path_factory):
 
 def test_going_on_from_a_trained_model_takes_its_weights_tokenizer_and_table(mini, trained, small_data, capsys):
     model = trained / "model"
-    run = config.load(settings(), [f"pretrain.model={model}"])
-    built = job.build_model(run, data.load(small_data))
+    run = job.load(settings(), [f"pretrain.model={model}"])
+    built = models.build_model(run, data.load(small_data))
     plain = AutoModelForMaskedLM.from_pretrained(model).state_dict()
     assert built.training and built.state_dict().keys() == plain.keys()
     assert all(torch.equal(value, plain[name]) for name, value in built.state_dict().items())
@@ -492,9 +495,9 @@ def test_a_trained_model_brings_its_tokenizer(mini, trained, capsys):
     ("importance", "message"), [("loss", "importance table: that of"), ("frequency", 'table of "loss"'), ("random", None)]
 )
 def test_what_becomes_of_the_table_is_said(trained, small_data, caplog, importance, message):
-    run = config.load(settings(), [f"pretrain.model={trained / 'model'}", f"sctd.importance={importance}"])
+    run = job.load(settings(), [f"pretrain.model={trained / 'model'}", f"sctd.importance={importance}"])
     with caplog.at_level("INFO"):
-        job.build_model(run, data.load(small_data))
+        models.build_model(run, data.load(small_data))
     assert message in caplog.text if message else "table" not in caplog.text
 
 

@@ -11,7 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import nn
 
 import sctd_ds
-from sctd_ds import recipes
+from sctd_ds import doctor as recipes
 
 SPARSE = {"mode": "fixed", "block": 16, "attention": "bidirectional"}
 LAMB = {"lr": 11e-3, "weight_decay": 0.01, "bias_correction": False, "max_coeff": 0.3, "min_coeff": 0.01}
@@ -160,7 +160,7 @@ def test_findings_come_in_the_order_of_the_file():
 
 
 def doctor(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "sctd_ds.recipes", "check", *map(str, arguments)]
+    command = [sys.executable, "-m", "sctd_ds.doctor", "check", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

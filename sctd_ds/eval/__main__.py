@@ -22,12 +22,13 @@ from typing import Any
 import transformers
 from tqdm import tqdm
 
-from sctd_ds import metrics
 from sctd_ds.data.sources import DataError, documents
-from sctd_ds.eval import analysis, baseline, finetune, report, sources, twins
+from sctd_ds.eval import analysis, baseline, finetune, report, sources
+from sctd_ds.eval import synthetic as twins
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.store import Model, fingerprint, remember
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS, Task
+from sctd_ds.run import metrics
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,6 @@ the text under analysis. Results say under "about" which of the two it was.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,14 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from sctd_ds.adapters.special_tokens import special_ids
 from sctd_ds.config import ScTDConfig
-from sctd_ds.encoder import ScTD, Selection, convert, state_of
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.store import Model
+from sctd_ds.method import passes
+from sctd_ds.method.convert import convert, state_of
+from sctd_ds.method.selection import Selection
+from sctd_ds.method.state import ScTD
 
 DROPPED = 0.5  # share of the tokens, where the model's folder does not say
 MASKED = 0.15  # share of the tokens, as in pretraining
@@ -50,8 +53,7 @@ class Opened:
     @property
     def dropped_layers(self) -> tuple[int, int]:
         """First and last layer (1-based) that run without the dropped tokens."""
-        plan = self.state.encoder.plan
-        assert plan is not None
+        plan = self.state.plan
         return plan.cross + 1, plan.last
 
     def about(self) -> dict[str, Any]:
@@ -64,13 +66,15 @@ def open_model(model: Model) -> Opened:
     """Load a masked-LM folder for analysis. Raises EvalError for one that cannot drop tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
     network: Any = transformers.AutoModelForMaskedLM.from_pretrained(model.path)
-    pinned = [i for i in (getattr(tokenizer, f"{name}_token_id") for name in ("unk", "cls", "sep", "mask")) if i is not None]
     weights, learned = model.read_checkpoint() if model.checkpoint else (None, model.read_importance())
     if weights:
         network.load_state_dict(weights)
     ratio = learned.drop_ratio if learned else DROPPED
     try:
-        convert(network, ScTDConfig(method="token_drop", drop_ratio=ratio, keep_token_ids=pinned))
+        pinned = special_ids(tokenizer)
+        # Probes look at every token, so the last layer runs everywhere.
+        config = ScTDConfig(method="token_drop", drop_ratio=ratio, keep_token_ids=pinned, last_layer="all", labels_per_row=1)
+        convert(network, config)
         if learned:
             table = state_of(network).importance
             table.load_state_dict({"scores": learned.scores})
@@ -82,39 +86,24 @@ def open_model(model: Model) -> Opened:
 
 
 @torch.no_grad()
-def passes(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Selection]:
+def states(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Selection]:
     """States after every layer in the full pass, [B, S, d] each, in the dropped pass, [B, S or K, d] each, and the selection.
 
     ids: [B, S], rows of one length without padding, so that every row drops its share.
     """
-    state, encoder = opened.state, opened.state.encoder
-    adapter, plan = encoder.adapter, encoder.plan
-    assert plan is not None
-    batch = adapter.batch((), {"input_ids": ids, "labels": torch.full_like(ids, adapter.ignore_index)})
-    seen: list[Tensor] = []
-    run = adapter.layer
-
-    @functools.wraps(run)
-    def watched(*args: Any) -> Tensor:
-        seen.append(run(*args))
-        return seen[-1]
-
-    adapter.layer = watched  # type: ignore[method-assign, assignment]
-    try:
-        x = encoder.prefix(batch)
-        shared = list(seen)
-        encoder.full_suffix(x, None)
-        full = list(seen)
-        del seen[:]
-        selection = state.select(batch)
-        encoder.dropped_suffix(x, None, selection)
-    finally:
-        del adapter.layer  # the class's own again
-    dropped = shared + seen
-    if adapter.black_box:  # such a cross layer runs on all tokens, and the kept ones are taken after it
-        at = selection.kept.long()[..., None].expand(-1, -1, x.shape[-1])
-        dropped[plan.cross] = dropped[plan.cross].gather(1, at)
-    return full, dropped, selection
+    state = opened.state
+    batch = state.adapter.batch((), {"input_ids": ids, "labels": torch.full_like(ids, state.adapter.ignore_index)})
+    streams = passes.begin(state, batch, "align")
+    full: list[Any] = []
+    dropped: list[Any] = []
+    for layer in range(state.plan.last):
+        streams = passes.advance(state, layer, streams)
+        # Until the cross layer both passes are one.
+        full.append(streams.tokens if streams.full is None else streams.full)
+        dropped.append(streams.tokens if streams.kept is None else streams.kept)
+    streams = passes.advance(state, state.plan.last, streams)
+    assert streams.full_pass is not None and streams.dropped_pass is not None and streams.selection is not None
+    return [*full, streams.full_pass.last], [*dropped, streams.dropped_pass.last], streams.selection
 
 
 @torch.no_grad()
@@ -184,9 +173,9 @@ def embed(opened: Opened, sentences: Sequence[str]) -> dict[tuple[str, str], np.
     layers = len(opened.state.adapter.layers)
     found: dict[tuple[str, str], np.ndarray] = {}
     for numbers, ids in by_length(opened, sentences):
-        full, dropped, _ = passes(opened, ids.to(opened.device))
-        for name, states in (("full", full), ("dropped", dropped)):
-            for i, x in enumerate(states):
+        full, dropped, _ = states(opened, ids.to(opened.device))
+        for name, layers_of in (("full", full), ("dropped", dropped)):
+            for i, x in enumerate(layers_of):
                 for pooling, pooled in (("cls", x[:, 0]), ("mean", x.mean(dim=1))):
                     key = name, pooling
                     if key not in found:
@@ -277,8 +266,8 @@ def drift(model: Model, texts: Sequence[str], sentence_encoder: str | None = Non
 
     for ids in rows:
         corrupted = ids.masked_fill(choose_masked(opened.tokenizer, ids, generator), opened.tokenizer.mask_token_id)
-        full, dropped, selection = passes(opened, corrupted.to(opened.device))
-        at = selection.kept.long()
+        full, dropped, selection = states(opened, corrupted.to(opened.device))
+        at = selection.positions.long()
         number += len(ids)
         cls, mean = [], []
         for x, y in zip(full, dropped, strict=True):

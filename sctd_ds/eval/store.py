@@ -18,7 +18,8 @@ import transformers
 from torch import Tensor
 
 from sctd_ds.eval.sources import EvalError
-from sctd_ds.huggingface import ImportanceTable, read_importance
+from sctd_ds.integrations.export import ImportanceTable, read_importance
+from sctd_ds.method.selection import POLICIES
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # whole, in shards, or as torch pickles them
 
@@ -87,7 +88,7 @@ class Model:
 
         Raises EvalError for a checkpoint that is damaged.
         """
-        from sctd_ds import checkpoint  # brings DeepSpeed along
+        from sctd_ds.engine import checkpoint  # brings DeepSpeed along
 
         assert self.checkpoint is not None
         problem = checkpoint.verify(self.checkpoint)
@@ -95,7 +96,7 @@ class Model:
             raise EvalError(f"{problem}; delete the checkpoint to leave it out")
         settings = self._settings()
         content = torch.load(self.checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
-        if settings["sctd.method"] == "dense" or settings["sctd.importance"] == "random":
+        if settings["sctd.method"] == "dense" or not POLICIES[settings["sctd.importance"]].has_table:
             return content["module"], None
         scores = content["sctd"]["importance"]["scores"]
         return content["module"], ImportanceTable(scores, settings["sctd.drop_ratio"], settings["sctd.importance"])

@@ -21,10 +21,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from sctd_ds.config import RunConfig
-from sctd_ds.engine import initialize, random_state, set_random_state
-from sctd_ds.pipeline import Pipeline
-from sctd_ds.schedule import mean_cost
+from sctd_ds.engine.initialize import initialize
+from sctd_ds.engine.pipeline import Pipeline
+from sctd_ds.engine.random_state import random_state, set_random_state
+from sctd_ds.method.schedule import mean_cost
+from sctd_ds.run.settings import RunConfig
 
 WARMUP = 2
 HUGGING_FACE = "huggingface"

@@ -1,6 +1,6 @@
 """The doctor: what today's DeepSpeed, and token dropping, do to the JSON of an existing recipe.
 
-    python -m sctd_ds.recipes check CONFIG.json [...] [--write]
+    python -m sctd_ds.doctor check CONFIG.json [...] [--write]
 
 names every key that DeepSpeed refuses, every key that it ignores without a word, and every setting that cannot go together
 with token dropping, each with its remedy. --write puts a repaired copy with an "sctd" block beside the original, as
@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from sctd_ds.config import DEEPSPEED_KEYS, ConfigError, ScTDConfig, block_models, check_deepspeed, leaves, read_json
+from sctd_ds.config import ConfigError, ScTDConfig
+from sctd_ds.deepspeed_json import DEEPSPEED_KEYS, block_models, check_deepspeed, leaves, read_json
 
 Kind = Literal["refused", "ignored", "deprecated", "conflict", "missing"]
 """An error in DeepSpeed or here; skipped without a word; still read, but on its way out; against token dropping; to add."""
@@ -282,7 +283,7 @@ def check(path: Path, write: bool) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 ready, 1 something to do, 2 a file that cannot be read or written."""
-    parser = argparse.ArgumentParser(prog="python -m sctd_ds.recipes", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m sctd_ds.doctor", description=__doc__.partition("\n")[0])
     command = parser.add_subparsers(required=True).add_parser("check", help="report on DeepSpeed configurations")
     command.add_argument("config", nargs="+", type=Path, help="JSON file of a recipe")
     command.add_argument("--write", action="store_true", help="write the repaired file beside it, as NAME.sctd.json")

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sctd_ds.eval.grammar import KINDS, PAST_ADVERBS, PRESENT_ADVERBS, SPLITS, Event, Language, Phrase, Random, be, pick
 from sctd_ds.eval.tasks import PROBES, TASKS
-from sctd_ds.grammar import KINDS, PAST_ADVERBS, PRESENT_ADVERBS, SPLITS, Event, Language, Phrase, Random, be, pick
 
 Row = dict[str, Any]
 Maker = Callable[[Language, Random, int], Row]

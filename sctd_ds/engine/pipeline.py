@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sctd_kernels
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -32,58 +31,47 @@ from torch import Tensor, nn
 
 from sctd_ds.adapters import Batch
 from sctd_ds.adapters.huggingface import BertAdapter
-from sctd_ds.config import ConfigError, ScTDConfig, check_stages
-from sctd_ds.encoder import Pass, Passes, ScTD, Selection, convert, set_mode, state_of, take_rows
-from sctd_ds.engine import ENGINES, StepLogic, init_distributed
-from sctd_ds.labels import Labelled
-from sctd_ds.objective import evaluate
-from sctd_ds.schedule import MODES, Mode, Shape, aligned_rows, kept_tokens, mean_cost, part_flops
+from sctd_ds.config import ConfigError, ScTDConfig, replicas
+from sctd_ds.engine.ranks import init_distributed
+from sctd_ds.engine.step import StepLogic
+from sctd_ds.method import objective, passes
+from sctd_ds.method.convert import convert, is_converted, state_of
+from sctd_ds.method.flops import Shape, part_flops
+from sctd_ds.method.passes import Streams
+from sctd_ds.method.plan import kept_tokens
+from sctd_ds.method.schedule import Mode, mean_cost, modes
+from sctd_ds.method.selection import Selection
+from sctd_ds.method.state import ScTD
 
-Visit = Callable[[Batch, Passes], None]
+Visit = Callable[[Streams], None]
 
 
-@dataclass
-class Streams:
-    """One micro-batch between two layers. What a pass does not have (yet) is None."""
+@dataclass(frozen=True)
+class Task:
+    """A micro-batch, and what to do with it."""
 
     batch: Batch
-    rows: range
-    """Rows that the full pass runs on."""
-    selection: Selection | None = None
-    """None: there is no dropped pass."""
-    x: Any = None
-    """Dropped pass, all tokens [B, S, d]; behind the cross layer only the dropped ones are still read."""
-    y: Any = None
-    """Dropped pass, kept tokens [B, K, d], from the cross layer on."""
-    full: Any = None
-    """Full pass [R, S, d], from where the passes part."""
-    labelled: Labelled | None = None
-    dropped_pass: Pass | None = None
-    full_pass: Pass | None = None
-    """Results of the last layer, and where it was run."""
+    mode: Mode
+    step: int | None
+
+    def full_rows(self, config: ScTDConfig) -> range:
+        """Rows that the full pass runs on."""
+        return passes.full_rows(config, self.batch, self.mode, self.step)
 
 
 class Embedding(nn.Module):
-    """First layer: selects the kept tokens and embeds."""
+    """First layer: embeds a micro-batch and chooses its kept tokens."""
 
     def __init__(self, state: ScTD, module: nn.Module) -> None:
         super().__init__()
         self.state, self.module = state, module
 
-    def forward(self, streams: Streams) -> Streams:
-        adapter, batch, mode = self.state.adapter, streams.batch, self.state.mode
-        embedded = adapter.embed(batch)
-        if mode == "dense":
-            streams.full = embedded
-            return streams
-        streams.selection, streams.x = self.state.select(batch), embedded
-        if not self.state.config.shared_prefix and len(streams.rows):
-            streams.full = adapter.embed(take_rows(batch, streams.rows))
-        return streams
+    def forward(self, task: Task) -> Streams:
+        return passes.begin(self.state, task.batch, task.mode, task.step)
 
 
 class EncoderLayer(nn.Module):
-    """One of the model's layers, applied to both passes as the layer plan has it."""
+    """One of the model's layers."""
 
     def __init__(self, state: ScTD, index: int) -> None:
         super().__init__()
@@ -91,43 +79,7 @@ class EncoderLayer(nn.Module):
         self.module = state.adapter.layers[index]
 
     def forward(self, streams: Streams) -> Streams:
-        i, encoder, rows, selection = self.index, self.state.encoder, streams.rows, streams.selection
-        plan: Any = encoder.plan
-        mask = streams.batch.attention_mask
-        if i == len(encoder.adapter.layers) - 1:
-            return self._last(streams)
-        if selection is not None and i == plan.cross and len(rows) and streams.full is None:
-            streams.full = streams.x[rows.start :: rows.step]
-        if streams.full is not None:
-            row_mask = take_rows(streams.batch, rows).attention_mask
-            streams.full = encoder.run_layer(i, streams.full, streams.full, row_mask)
-        if selection is None:
-            return streams
-        kept, slot, x, y = selection.kept, selection.slot, streams.x, streams.y
-        recompute = i >= plan.cross and self._recompute
-        if i in plan.full:
-            streams.x = encoder.run_layer(i, x, x, mask)
-        elif i == plan.cross:
-            streams.y = encoder.run_layer(i, sctd_kernels.gather_tokens(x, kept, slot), x, mask, recompute=recompute)
-        else:
-            streams.y = encoder.run_layer(i, y, y, selection.mask, recompute=recompute)
-        return streams
-
-    @property
-    def _recompute(self) -> bool:
-        return self.state.mode == "align" and self.state.config.recompute_align
-
-    def _last(self, streams: Streams) -> Streams:
-        encoder, batch, rows, selection = self.state.encoder, streams.batch, streams.rows, streams.selection
-        streams.labelled = labelled = self.state.locate(batch, self.state.mode)
-        if streams.full is not None:
-            row_mask, outputs = take_rows(batch, rows).attention_mask, labelled.take_rows(rows).outputs
-            streams.full_pass = Pass(encoder.last_layer(streams.full, row_mask, outputs), streams.full)
-        if selection is not None:
-            merged = sctd_kernels.merge_tokens(streams.x, streams.y, selection.kept, selection.slot)
-            last = encoder.last_layer(merged, batch.attention_mask, labelled.outputs, self._recompute)
-            streams.dropped_pass = Pass(last, streams.y)
-        return streams
+        return passes.advance(self.state, self.index, streams)
 
 
 class Head(nn.Module):
@@ -140,15 +92,12 @@ class Head(nn.Module):
         self.collect: Callable[[Mapping[str, Tensor]], None] = lambda parts: None
 
     def forward(self, streams: Streams) -> Tensor:
-        batch = streams.batch
-        assert streams.labelled is not None
-        passes = Passes(streams.labelled, streams.dropped_pass, streams.full_pass, streams.selection, streams.rows)
         if self.visit is not None:
-            self.visit(batch, passes)
-            return torch.zeros((), device=batch.input_ids.device)
-        loss, self.state.parts, _ = evaluate(self.state, batch, passes)
-        self.collect(self.state.parts)
-        return loss
+            self.visit(streams)
+            return torch.zeros((), device=streams.batch.input_ids.device)
+        result = objective.compute(self.state, streams)
+        self.collect(result.parts)
+        return result.loss
 
 
 class Tied(nn.Module):
@@ -178,7 +127,7 @@ class Pipeline(PipelineModule):
         boundaries: Sequence[int] | None = None,
         length: int | None = None,
     ) -> None:
-        if config is not None or not hasattr(model, "_sctd"):
+        if config is not None or not is_converted(model):
             convert(model, config)
         state = state_of(model)
         if type(state.adapter) is not BertAdapter:
@@ -186,7 +135,8 @@ class Pipeline(PipelineModule):
                 f"a pipeline is built from BertForMaskedLM, not from {type(model).__name__}: use data parallelism"
             )
         init_distributed()
-        check_stages(stages, len(state.adapter.layers), dist.get_world_size())
+        check_stages(stages, state.plan.layers)
+        replicas(dist.get_world_size(), stages)
         if boundaries is None:
             boundaries = balance(state, model.config, stages, length)
         numbers = range(1, len(state.adapter.layers))
@@ -212,7 +162,7 @@ class Pipeline(PipelineModule):
         self.__dict__.update(plain_model=model, _sctd=state, _boundaries=tuple(boundaries), _first_layer=first_layer)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints here, past its logger
             super().__init__(specs, num_stages=stages, partition_method="flops")
-        self._batches: deque[Batch] = deque()
+        self._tasks: deque[Task] = deque()
         plain = {parameter: name for name, parameter in model.named_parameters()}
         self.plain_names = {name: plain[parameter] for name, parameter in self.named_parameters()}
         """Name of each of this stage's parameters here -> in `model`; a tied one has its first name on every stage."""
@@ -223,42 +173,38 @@ class Pipeline(PipelineModule):
         """The objective's layer, on the last stage."""
         return next((layer for layer in self.forward_funcs if isinstance(layer, Head)), None)
 
-    def feed(self, batches: Iterable[Batch]) -> None:
+    def feed(self, tasks: Iterable[Task]) -> None:
         """The micro-batches of the coming forward passes, in order."""
-        self._batches = deque(batches)
+        self._tasks = deque(tasks)
 
     def forward(self, received: Any) -> Tensor | tuple[Tensor, ...]:
         """One micro-batch through this stage. received: the former stage's packed tensors; the first stage ignores it."""
-        batch, state = self._batches.popleft(), self._sctd
-        rows = full_rows(state, batch)
-        streams = Streams(batch, rows) if self.stage_id == 0 else self._unpack(received, batch, rows)
-        result = super().forward(streams)
+        task = self._tasks.popleft()
+        result = super().forward(task if self.stage_id == 0 else self._unpack(received, task))
         return result if isinstance(result, Tensor) else self._pack(result)
 
     def _pack(self, streams: Streams) -> tuple[Tensor, ...]:
         selection = streams.selection
         if selection is None:
+            assert streams.full is not None
             return (streams.full,)
-        x = streams.x
-        if streams.y is not None:
-            x = sctd_kernels.merge_tokens(x, streams.y, selection.kept, selection.slot)
+        assert streams.tokens is not None
+        x = streams.tokens if streams.kept is None else selection.merge(streams.tokens, streams.kept)
         # Floating-point tensors first: DeepSpeed shares one list of buffers between activations and gradients.
         packed = x if streams.full is None else torch.cat([x, streams.full])
-        return packed, torch.cat([selection.kept, selection.slot], dim=1)
+        return packed, torch.cat([selection.positions, selection.slot], dim=1)
 
-    def _unpack(self, received: tuple[Tensor, ...], batch: Batch, rows: range) -> Streams:
-        packed, state, (b, s) = received[0], self._sctd, batch.input_ids.shape
-        if state.mode == "dense":
-            return Streams(batch, rows, full=packed)
+    def _unpack(self, received: tuple[Tensor, ...], task: Task) -> Streams:
+        packed, state, batch, rows = received[0], self._sctd, task.batch, task.full_rows(self._sctd.config)
+        if task.mode == "dense":
+            return Streams(batch, task.mode, rows, full=packed)
+        b, s = batch.input_ids.shape
         k = kept_tokens(s, state.config.drop_ratio)
-        kept, slot = (part.contiguous() for part in received[1].split([k, s], dim=1))
-        mask = None if batch.attention_mask is None else batch.attention_mask.gather(1, kept.long())
-        streams = Streams(batch, rows, Selection(kept, slot, mask), x=packed[:b])
-        if len(packed) > b:
-            streams.full = packed[b:]
-        if self._local_start - self._first_layer > state.encoder.plan.cross:
-            streams.y = sctd_kernels.gather_tokens(streams.x, kept, slot)
-        return streams
+        selection = Selection(*(part.contiguous() for part in received[1].split([k, s], dim=1)))
+        tokens, full = packed[:b], packed[b:] if len(packed) > b else None
+        first_layer_here = self._local_start - self._first_layer
+        kept = selection.gather(tokens) if first_layer_here > state.plan.cross else None
+        return Streams(batch, task.mode, rows, selection, passes.kept_mask(batch, selection), tokens, kept, full)
 
     def _partition_layers(self, method: str = "flops") -> None:
         """Cut the list of layers; DeepSpeed's own methods count parameters, and half of our layers cost half."""
@@ -298,8 +244,7 @@ class ScTDPipelineEngine(StepLogic, PipelineEngine):
         if len({batch.input_ids.shape for batch in micro}) > 1:
             raise ValueError("the micro-batches of a step must have one shape in a pipeline: pad rows, or drop the last batch")
         self.module.train()
-        set_mode(self.module, self.step_mode, self.applied_steps + 1)
-        self._feed(micro)
+        self._feed([Task(batch, self.step_mode, self.applied_steps + 1) for batch in micro])
         super().train_batch(_placeholders(micro))
         return self.step_parts["loss"]
 
@@ -307,22 +252,22 @@ class ScTDPipelineEngine(StepLogic, PipelineEngine):
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]], visit: Visit) -> None:
         """Run both passes (the full one alone where the method drops nothing) without dropout.
 
-        visit(batch, passes): called on the last stage for each micro-batch. Every stage must be given the same ones.
+        visit: called on the last stage with the finished streams of each micro-batch. Every stage must be given the same
+        micro-batches.
         """
-        training, mode, head = self.module.training, self.sctd.mode, self.module.head
+        training, head = self.module.training, self.module.head
+        mode: Mode = "align" if self.sctd.plan.drops else "dense"
         self.module.eval()
-        set_mode(self.module, "dense" if self.sctd.encoder.plan is None else "align")
         self._compute_loss = False
         if head is not None:
             head.visit = visit
         for _, same in itertools.groupby(map(self._batch, batches), key=lambda batch: batch.input_ids.shape):
             micro = list(same)
-            self._feed(micro)
+            self._feed([Task(batch, mode, None) for batch in micro])
             self.set_dataiterator(_placeholders(micro))
             self._exec_schedule(self._inference_schedule(len(micro)))
         if head is not None:
             head.visit = None
-        self.sctd.mode = mode
         self.module.train(training)
 
     def gather_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -340,13 +285,15 @@ class ScTDPipelineEngine(StepLogic, PipelineEngine):
     def _batch(self, raw: Mapping[str, Tensor]) -> Batch:
         return self.sctd.adapter.batch((), {key: value.to(self.device, non_blocking=True) for key, value in raw.items()})
 
-    def _feed(self, micro: Sequence[Batch]) -> None:
-        """Hand over micro-batches of one shape; stages learn the shape of what they exchange anew when it changes."""
-        layout = (self.sctd.mode, micro[0].input_ids.shape, len(full_rows(self.sctd, micro[0])), self.module.training)
+    def _feed(self, tasks: Sequence[Task]) -> None:
+        """Hand over micro-batches of one shape. When the shape of what stages exchange changes, they have to learn it anew."""
+        first = tasks[0]
+        full_rows = len(first.full_rows(self.sctd.config))
+        layout = (first.mode, first.batch.input_ids.shape, full_rows, self.module.training)
         if layout != self._layout:
             self.reset_activation_shape()
         self._layout = layout
-        self.module.feed(micro)
+        self.module.feed(tasks)
 
     def _timed(run: Callable[..., None]) -> Callable[..., None]:
         def instruction(self: ScTDPipelineEngine, *args: Any, **kwargs: Any) -> None:
@@ -366,15 +313,10 @@ class ScTDPipelineEngine(StepLogic, PipelineEngine):
     }
 
 
-ENGINES[PipelineEngine] = ScTDPipelineEngine
-
-
-def full_rows(state: ScTD, batch: Batch) -> range:
-    """Rows of the micro-batch that the full pass runs on, in the state's mode."""
-    rows = range(len(batch.input_ids))
-    if state.mode == "dense":
-        return rows
-    return aligned_rows(state.config, state.step, len(rows)) if state.mode == "align" else range(0)
+def check_stages(stages: int, layers: int) -> None:
+    """ConfigError for more pipeline stages than there are layers."""
+    if stages > layers:
+        raise ConfigError(f"{stages} pipeline stages, but the model has {layers} encoder layers: use at most {layers} stages")
 
 
 def balance(state: ScTD, sizes: Any, stages: int, length: int | None = None) -> tuple[int, ...]:
@@ -387,9 +329,8 @@ def balance(state: ScTD, sizes: Any, stages: int, length: int | None = None) -> 
         len(state.adapter.layers), sizes.hidden_size, sizes.intermediate_size, state.adapter.vocabulary, length,
         state.config.labels_per_row or round(0.15 * length),
     )  # fmt: skip
-    modes: tuple[Mode, ...] = ("dense",) if state.config.method == "dense" else MODES
-    flops = {mode: part_flops(shape, state.config, mode) for mode in modes}
-    costs = [mean_cost(state.config, {mode: flops[mode][i] for mode in modes}) for i in range(shape.layers + 1)]
+    flops = {mode: part_flops(shape, state.config, mode) for mode in modes(state.config)}
+    costs = [mean_cost(state.config, {mode: parts[i] for mode, parts in flops.items()}) for i in range(shape.layers + 1)]
     costs[-2:] = [costs[-2] + costs[-1]]
     # best[n]: the least possible maximum for the first n layers, and its boundaries; one stage more in each round.
     best: dict[int, tuple[float, tuple[int, ...]]] = {n: (sum(costs[:n]), ()) for n in range(1, shape.layers + 1)}

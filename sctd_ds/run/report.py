@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from sctd_ds import metrics
-from sctd_ds.config import RunConfig
-from sctd_ds.probe import HUGGING_FACE, Probe
-from sctd_ds.schedule import MODES, Shape, flops_saved, kept_tokens, sequence_flops
+from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
+from sctd_ds.method.plan import kept_tokens
+from sctd_ds.method.schedule import MODES
+from sctd_ds.run import metrics
+from sctd_ds.run.probe import HUGGING_FACE, Probe
+from sctd_ds.run.settings import RunConfig
 
 # Dense 16-bit matrix peak in FLOP/s by a part of the device's name, the first that fits; from the vendors' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from sctd_ds.config import ConfigError, ScTDConfig, sctd_block
-from sctd_ds.encoder import convert, importance, set_mode, state_of
-from sctd_ds.schedule import Mode, step_mode
+from sctd_ds.adapters.special_tokens import special_ids
+from sctd_ds.config import ConfigError, ScTDConfig
+from sctd_ds.deepspeed_json import sctd_block
+from sctd_ds.method.convert import convert, importance, set_mode, state_of
+from sctd_ds.method.schedule import Mode, step_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -154,13 +156,11 @@ class ScTDCallback(TrainerCallback, ExportableState):
                 )
             config = ScTDConfig(**block)
         if config.keep_token_ids == "auto" and tokenizer is not None:
-            names = ("unk_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
-            ids = sorted({i for name in names if (i := getattr(tokenizer, name, None)) is not None})
-            config = config.model_copy(update={"keep_token_ids": ids})
+            config = config.model_copy(update={"keep_token_ids": special_ids(tokenizer)})
         self._config = config
         self.clock = StepClock(convert(model, config))
         if args.deepspeed:
-            from sctd_ds.engine import release_shared_memory
+            from sctd_ds.engine.ranks import release_shared_memory
 
             release_shared_memory()
         return self.clock

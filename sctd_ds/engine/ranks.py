@@ -1,4 +1,4 @@
-"""What ranks do together outside of training: one works while the others wait, or all work and fail together.
+"""What ranks do together outside of training: find each other, wait for one that works, or work and fail together.
 
 An error on one rank must not leave the others in a collective that never ends, nor be lost because only rank 0 speaks.
 """
@@ -6,12 +6,16 @@ An error on one rank must not leave the others in a collective that never ends, 
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
+import deepspeed
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch.distributed.distributed_c10d import _get_default_store
 
 T = TypeVar("T")
@@ -24,12 +28,33 @@ Failure = tuple[type[Exception], str]
 _calls = itertools.count()
 
 
+def init_distributed() -> None:
+    """deepspeed.init_distributed, if it has not run yet, on this rank's own device, and without the memory it leaves behind."""
+    deepspeed.init_distributed(verbose=False)
+    # DeepSpeed sets the device in its engine only; a collective before that would find every rank on the first device.
+    if get_accelerator().device_name() != "cpu" and "LOCAL_RANK" in os.environ:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    release_shared_memory()
+
+
+def release_shared_memory() -> None:
+    """Unlink DeepSpeed's shared memory, so that the system frees it with the last process. Every rank calls.
+
+    On a CPU each rank maps 66 MiB in /dev/shm, which DeepSpeed never unlinks: every run would take that memory for good.
+    """
+    if get_accelerator().device_name() == "cpu":
+        dist.barrier()  # all ranks have mapped it, so nobody needs its name any more
+        where, rank = (os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT")), dist.get_rank()
+        name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *where, str(rank)])
+        Path("/dev/shm", name).unlink(missing_ok=True)
+
+
 def on_first(work: Callable[[], T]) -> T:
     """The result of `work`, done on rank 0 alone while the others wait, or its failure on every rank. All ranks call this.
 
     The result must be picklable.
     """
-    # Through the store that the ranks found each other by: unlike a collective, it may be waited for as long as one likes.
+    # Through the store that the ranks found each other by: unlike a collective, it allows a wait of any length.
     store, key = _get_default_store(), f"sctd_ds/on_first/{next(_calls)}"
     if dist.get_rank() == 0:
         result, error = _attempt(work)
@@ -43,7 +68,7 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def on_all(work: Callable[[], T]) -> T:
-    """The result of `work` on this rank, or, where it failed on any rank, a failure on every rank. All ranks call this.
+    """The result of `work` on this rank, or, if it failed on any rank, a failure on every rank. All ranks call this.
 
     `work` must do nothing collective.
     """
@@ -66,9 +91,9 @@ def _failure(error: Exception | None) -> Failure | None:
 
 
 def _raise_first(mine: Exception | None, told: list[Failure | None]) -> None:
-    """Raise this rank's own error, or else the first of the others', of the same kind where it is one of words alone.
+    """Re-raise the local error, else the first remote one, keeping its type if it takes only a message.
 
-    Its attribute `shared` says that every rank raises: one of them may tell the user.
+    Its attribute `shared` says that every rank raises it, so only one of them has to tell the user.
     """
     for rank, failure in enumerate(told):
         if failure is None:

@@ -25,7 +25,7 @@ from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
 from sctd_ds import config as configuration
-from sctd_ds import ranks
+from sctd_ds.engine import ranks
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sctd_ds.adapters import Batch
-from sctd_ds.encoder import Passes, ScTD, state_of
-from sctd_ds.objective import token_losses
+from sctd_ds.method import passes
+from sctd_ds.method.convert import state_of
+from sctd_ds.method.objective import token_losses
+from sctd_ds.method.passes import Streams
+from sctd_ds.method.state import ScTD
 
 
 @torch.no_grad()
@@ -28,12 +30,12 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
     state = state_of(model)
     device = next(model.parameters()).device
     names = ["labels", "rows", "loss_full"]
-    if state.encoder.plan is not None:
+    if state.plan.drops:
         names += ["loss_drop", "kl_last", "kl_previous", "cosine_last", "cosine_previous"]
     sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
-    def visit(batch: Batch, passes: Passes) -> None:
-        for name, value in _measure(state, batch, passes).items():
+    def visit(streams: Streams) -> None:
+        for name, value in _measure(state, streams).items():
             sums[name] += value.double()
 
     # The random policy draws numbers; training must not notice.
@@ -45,29 +47,18 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
             model.eval()
             for raw in batches:
                 batch = state.adapter.batch((), {key: value.to(device) for key, value in raw.items()})
-                visit(batch, both_passes(state, batch))
+                visit(passes.run(state, batch, "align" if state.plan.drops else "dense"))
             model.train(training)
     return _means(sums)
 
 
-def both_passes(state: ScTD, batch: Batch) -> Passes:
-    """The full pass of all rows, and the dropped one where the method has it; what they share is run once."""
-    rows, labelled, mask = range(len(batch.input_ids)), state.locate(batch, "dense"), batch.attention_mask
-    prefix, selection, dropped = state.encoder.prefix(batch), None, None
-    full = state.encoder.full_suffix(prefix, mask, labelled.outputs)
-    if state.encoder.plan is not None:
-        selection = state.select(batch)
-        dropped = state.encoder.dropped_suffix(prefix, mask, selection, labelled.outputs)
-    return Passes(labelled, dropped, full, selection, rows)
-
-
-def _measure(state: ScTD, batch: Batch, passes: Passes) -> dict[str, Tensor]:
+def _measure(state: ScTD, streams: Streams) -> dict[str, Tensor]:
     """Sums over one micro-batch."""
-    adapter, labelled, full, dropped = state.adapter, passes.labelled, passes.full, passes.dropped
-    assert full is not None
+    adapter, labelled, full, dropped = state.adapter, streams.labelled, streams.full_pass, streams.dropped_pass
+    assert labelled is not None and full is not None
     sums = {
         "labels": labelled.count,
-        "rows": torch.full_like(labelled.count, len(batch.input_ids)),
+        "rows": torch.full_like(labelled.count, len(streams.batch.input_ids)),
         "loss_full": token_losses(state, full, labelled).sum(),
     }
     if dropped is None:

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sctd_ds.method.convert import is_converted, state_of
+
 IMPORTANCE = "importance.safetensors"
 """In an exported folder: "scores", [V] fp32 on the CPU, and as metadata the method's drop_ratio and importance policy."""
 
@@ -93,10 +95,11 @@ def full_precision_state(engine_or_model: Any) -> dict[str, torch.Tensor]:
 
 
 def _write_importance(engine_or_model: Any, folder: Path) -> None:
-    state = getattr(getattr(engine_or_model, "module", engine_or_model), "_sctd", None)
-    # Random dropping has no table to speak of, and a dense model none at all.
-    if state is not None and state.encoder.plan is not None and state.config.importance != "random":
-        about = {"drop_ratio": str(state.config.drop_ratio), "importance": state.config.importance}
+    if not is_converted(engine_or_model):
+        return
+    state = state_of(engine_or_model)
+    if state.has_table:
+        about = {"drop_ratio": str(state.config.drop_ratio), "importance": state.importance.name}
         save_file({"scores": state.importance.state_dict()["scores"].contiguous()}, folder / IMPORTANCE, metadata=about)
 
 

@@ -1,0 +1,79 @@
+"""The door for recipes: `deepspeed.initialize` for a model that trains with token dropping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from sctd_ds.config import ConfigError, ScTDConfig
+from sctd_ds.deepspeed_json import check_layout, check_top_level, read_json, sctd_block
+from sctd_ds.engine.data_parallel import ScTDEngine
+from sctd_ds.engine.pipeline import ScTDPipelineEngine
+from sctd_ds.engine.ranks import release_shared_memory
+from sctd_ds.method.convert import convert, is_converted, state_of
+
+ENGINES: dict[type, type] = {DeepSpeedEngine: ScTDEngine, PipelineEngine: ScTDPipelineEngine}
+"""The engines that `deepspeed.initialize` builds, and what they become."""
+
+
+def initialize(args: Any = None, model: torch.nn.Module | None = None, *rest: Any,
+               config: Any = None, config_params: Any = None, sctd_config: ScTDConfig | Mapping[str, Any] | None = None,
+               **kwargs: Any) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+    """deepspeed.initialize for a model that trains with token dropping: same arguments, same four values.
+
+    The method comes from `sctd_config`, or from the "sctd" block of the DeepSpeed configuration (`config`, `config_params`
+    or args.deepspeed_config); a model that is converted already keeps its own. Raises ValueError for a configuration
+    without either, for unknown keys in it, and for what cannot work (ZeRO-3, a model family without an adapter).
+    """
+    given = config if config is not None else config_params
+    given = given if given is not None else getattr(args, "deepspeed_config", None)
+    if given is not None:
+        raw, _ = read_json(given)
+        check_top_level(raw, extra=("sctd", "pretrain"))
+        zero = raw.get("zero_optimization", {})
+        stage = zero.get("stage", 0) if isinstance(zero, Mapping) else int(zero)  # true and false are an older spelling
+        check_layout(stage, raw.get("sequence_parallel_size", 1), isinstance(model, PipelineModule))
+    if model is None:
+        raise ValueError("sctd_ds.initialize needs model=")
+    block = sctd_config if sctd_config is not None else sctd_block(given)
+    if isinstance(model, PipelineModule):
+        _refuse_other(state_of(model).config, block)
+    elif block is not None:
+        convert(model, block if isinstance(block, ScTDConfig) else ScTDConfig(**block))
+    elif not is_converted(model):
+        raise ConfigError(
+            'no ScTD settings: add an "sctd" block to the DeepSpeed configuration (an empty one means the defaults), '
+            "or pass sctd_config="
+        )
+    values = deepspeed.initialize(args, model, *rest, config=config, config_params=config_params, **kwargs)
+    attach(values[0])
+    return values
+
+
+def attach(engine: Any) -> Any:
+    """Turn a DeepSpeed engine around a converted model into one of ours, in place. Raises ValueError for other engines."""
+    if type(engine) not in ENGINES and type(engine) not in ENGINES.values():
+        raise ValueError(f"{type(engine).__name__} is not supported; supported: {', '.join(e.__name__ for e in ENGINES)}")
+    check_layout(engine.zero_optimization_stage(), engine.sequence_parallel_size, isinstance(engine.module, PipelineModule))
+    # deepspeed.initialize chooses the class itself; the subclass adds no construction of its own.
+    engine.__class__ = ENGINES.get(type(engine), type(engine))
+    engine._attach()
+    release_shared_memory()
+    return engine
+
+
+def _refuse_other(config: ScTDConfig, block: ScTDConfig | Mapping[str, Any] | None) -> None:
+    """ConfigError for settings other than those that the pipeline was built and partitioned with."""
+    wanted = block if isinstance(block, ScTDConfig) else ScTDConfig(**(block or {}))
+    for key in sorted(wanted.model_fields_set):
+        built, asked = getattr(config, key), getattr(wanted, key)
+        if built != asked:
+            raise ConfigError(
+                f"sctd.{key}={asked!r}, but the pipeline was built with {built!r}: build it with the same settings"
+            )

@@ -1,0 +1,1 @@
+"""Where the method meets other libraries: Hugging Face folders, the Trainer and Accelerate, NVIDIA apex."""

@@ -1,0 +1,81 @@
+"""What the method knows about one model, and what its next training forward does."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import Tensor, nn
+
+from sctd_ds.adapters import Adapter, Batch, find_adapter
+from sctd_ds.adapters.special_tokens import released_special_ids
+from sctd_ds.config import ScTDConfig
+from sctd_ds.method.encoder import Encoder
+from sctd_ds.method.labels import Labelled, locate_labels
+from sctd_ds.method.plan import LayerPlan, kept_tokens
+from sctd_ds.method.schedule import Mode
+from sctd_ds.method.selection import POLICIES, Importance, Selection
+
+logger = logging.getLogger(__name__)
+
+
+class ScTD:
+    """The configuration, layer plan, encoder and importance table of a converted model."""
+
+    def __init__(self, model: nn.Module, config: ScTDConfig) -> None:
+        adapter = find_adapter(model)
+        check_trainable(adapter)
+        self.config = config
+        self.plan = LayerPlan(len(adapter.layers), drops=config.method != "dense")
+        self.encoder = Encoder(adapter)
+        keep_ids = resolve_keep_ids(config, adapter.vocabulary)
+        self.importance: Importance = POLICIES[config.importance](adapter.vocabulary, config, keep_ids)
+        self.mode: Mode = "drop" if self.plan.drops else "dense"
+        """What the model's own forward does in training, set by `sctd_ds.set_mode`; `step` likewise."""
+        self.step: int | None = None
+        self.parts: dict[str, Tensor] = {}
+        """Detached parts of the last training forward's objective, on the device: its return value is the model's own."""
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.encoder.adapter
+
+    @property
+    def has_table(self) -> bool:
+        """Whether tokens are dropped by a table of scores."""
+        return self.plan.drops and self.importance.has_table
+
+    def select(self, batch: Batch) -> Selection:
+        """Choose the kept tokens of a micro-batch: once, never again in recomputation."""
+        keep = kept_tokens(batch.input_ids.shape[1], self.config.drop_ratio)
+        return self.importance.select(batch.input_ids, keep, batch.attention_mask)
+
+    def locate(self, batch: Batch) -> Labelled:
+        """Find the labelled tokens, and with them the positions at which the last layer has to run."""
+        config, adapter = self.config, self.adapter
+        labelled = locate_labels(batch.labels, adapter.ignore_index, config.labels_per_row, adapter.vocabulary)
+        return labelled if config.last_layer == "all" or adapter.black_box else labelled.narrowed()
+
+
+def check_trainable(adapter: Adapter) -> None:
+    """Refuse a frozen encoder with ValueError: there would be nothing to align and no cost to save."""
+    if not any(parameter.requires_grad for layer in adapter.layers for parameter in layer.parameters()):
+        raise ValueError(
+            "no parameter of the encoder's layers is trainable (requires_grad): token dropping saves work in training them. "
+            "Unfreeze layers, or train without sctd_ds"
+        )
+
+
+def resolve_keep_ids(config: ScTDConfig, vocabulary: int) -> list[int]:
+    """Ids to pin. "auto" knows some released vocabularies by their size; a run with a tokenizer passes its own ids."""
+    if config.keep_token_ids != "auto":
+        return config.keep_token_ids
+    if config.method == "dense" or not POLICIES[config.importance].has_table:
+        return []
+    known = released_special_ids(vocabulary)
+    if known is None:
+        logger.warning(
+            'sctd.keep_token_ids is "auto", but the special tokens of a vocabulary of %d ids are not known here: none is '
+            "pinned. Set it to the ids of UNK, CLS, SEP and MASK.",
+            vocabulary,
+        )
+    return known or []

@@ -1,0 +1,127 @@
+"""The pieces of a pretraining job that pretrain.py puts together: its data, its shape, its forecast."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from sctd_ds import data
+from sctd_ds.engine import ranks
+from sctd_ds.method.flops import Shape
+from sctd_ds.method.schedule import mean_cost
+from sctd_ds.run import models, report, settings
+from sctd_ds.run.probe import Probe
+from sctd_ds.run.settings import RunConfig
+
+
+def load(source: Any, overrides: Sequence[str] = (), world_size: int = 1) -> RunConfig:
+    """The run that a configuration file describes, checked as far as nothing has to be built. See `settings.load`."""
+    run = settings.load(source, overrides, world_size)
+    models.check(run)
+    return run
+
+
+def be_deterministic() -> None:
+    """Let this process repeat bit for bit on a GPU: kernels that add in one order only. Call it before any matrix product."""
+    import torch._inductor.config
+    import torch.utils.deterministic
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
+    # Not warn_only: only the strict mode makes attention's backward deterministic.
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch._inductor.config.deterministic = True  # no choice between kernels by their time
+
+
+def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
+    """Built data, or raw text built once into data/cache: rank 0 works, the others wait. Raises DataError on every rank."""
+    options = run.pretrain
+
+    def build() -> Path:
+        # Without the run's seed: runs of one text hold out the same of it, and can be compared.
+        return data.prepare(
+            spec,
+            Path("data") / "cache",
+            tokenizer=options.tokenizer or options.trained_model,
+            vocab_size=options.vocab_size,
+            seq_length=options.seq_length,
+        )
+
+    def load() -> data.PackedData:
+        packed = data.load(path, seq_length=options.seq_length)
+        if len(packed.train) < run.global_batch:
+            raise data.DataError(
+                f"{path}: {len(packed.train)} training rows are fewer than one batch of {run.global_batch}: "
+                "add text, or lower train_batch_size or pretrain.seq_length"
+            )
+        if options.trained_model:
+            data.check_tokenizer(packed, options.trained_model)
+        return packed
+
+    path = ranks.on_first(build)
+    return ranks.on_all(load)
+
+
+def make_batches(run: RunConfig, packed: data.PackedData, rank: int) -> tuple[data.Loader, Callable[[], Iterator[data.Batch]]]:
+    """This rank's training batches, and a function that gives its validation batches, the same ones each time."""
+    options = run.pretrain
+    masker = data.Masker(packed.tokenizer, options.seed, options.mlm_probability)
+    # DeepSpeed numbers ranks stage by stage; all stages of a pipeline read the same rows.
+    replica, world = rank % run.world_size, run.world_size
+    loader = data.Loader(
+        packed.train,
+        masker,
+        micro_batch=run.micro_batch,
+        accumulation=run.accumulation,
+        rank=replica,
+        world=world,
+        seed=options.seed,
+        num_workers=options.num_workers,
+    )
+    most = -(-options.validation_rows // run.micro_batch)
+    rows = {"batch_size": run.micro_batch, "rank": replica, "world": world, "max_batches": most}
+    return loader, partial(data.validation_batches, packed.validation, masker, **rows)
+
+
+def shape_of(model: transformers.PreTrainedModel, run: RunConfig, packed: data.PackedData) -> Shape:
+    """The sizes that decide a step's cost."""
+    sizes = model.config
+    return Shape(
+        layers=sizes.num_hidden_layers,
+        hidden=sizes.hidden_size,
+        intermediate=sizes.intermediate_size,
+        vocabulary=sizes.vocab_size,
+        length=run.pretrain.seq_length,
+        labels=models.labels_per_row(run, packed),
+    )
+
+
+def describe(model: transformers.PreTrainedModel, run: RunConfig, packed: data.PackedData) -> str:
+    """The line a run starts with."""
+    stages, trained = run.pretrain.stages, run.pretrain.trained_model
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters" + (f" of {trained}" if trained else "")
+    rows = f"{len(packed.train):,} rows of {run.pretrain.seq_length} tokens to train on, {len(packed.validation):,} to validate"
+    who = "ranks" if stages == 1 else f"pipelines of {stages} stages"
+    step = f"{run.world_size} {who} x {run.micro_batch} rows x {run.accumulation} micro-batches"
+    return f"{run.name}: {size}, {rows}; a step is {step}"
+
+
+def forecast(run: RunConfig, shape: Shape, measured: Probe, folder: Path) -> str:
+    """What a dry run tells: time by kind of step, saving, the whole run, memory."""
+    result = report.build(run, shape, measured, folder)
+    hours = mean_cost(run.sctd, measured.step_ms) * run.pretrain.steps / 3.6e6
+    lines = report.saving_text(result)
+    lines.append(f"  whole run        {run.pretrain.steps:,} steps, about {hours:,.1f} hours on this device")
+    for kind, size in measured.peak_bytes.items():
+        lines.append(f"  peak memory      {kind}: {size / 2**30:.1f} GiB")
+    return "\n".join(lines)
+
+
+logger = logging.getLogger(__name__)
