@@ -79,7 +79,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def head(self, states: Tensor) -> Tensor:
-        """[..., d] finished states of the last layer -> [..., V] logits."""
+        """[..., d] finished states of the last layer -> [..., V] logits.
+
+        On a GPU the backward pass writes their gradient over them, so the last operation must not save its own output, as
+        a linear layer or an addition does not and tanh does; torch refuses such a backward pass.
+        """
 
     def sentence_loss(self, first: Tensor, batch: Batch) -> Tensor | None:
         """Loss beside the masked-LM loss (next sentence prediction), from the finished states of the first token [B, 1, d]."""

@@ -106,7 +106,8 @@ def token_losses(state: ScTD, states: Pass, labelled: Labelled) -> Tensor:
     """Cross-entropy of each labelled slot, [B, M]; 0 in unused slots. The head runs on these tokens only."""
     adapter = state.adapter
     logits = adapter.head(adapter.final_norm(labelled.tokens.gather(states.last))).flatten(0, 1)
-    losses = sctd_kernels.token_cross_entropy(logits, labelled.targets.flatten(), adapter.ignore_index)
+    # The logits are the largest tensor of a step, and nothing else reads them: their gradient takes their memory.
+    losses = sctd_kernels.token_cross_entropy(logits, labelled.targets.flatten(), adapter.ignore_index, overwrite_logits=True)
     return losses.view(labelled.targets.shape)
 
 
