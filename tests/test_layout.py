@@ -1,73 +1,100 @@
-"""Rules of the house that a machine can check: import direction, the free name `kernels`, what a wheel holds."""
+"""Rules of the repository that a machine can check: import direction, the free name `kernels`, what a wheel holds."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-# What each module of sctd_ds may import of ours, at import time. Later ones build on earlier ones; there are no cycles.
-ORDER = [
-    "config", "schedule", "importance", "adapters", "labels", "encoder", "objective", "validation", "engine", "pipeline",
-    "huggingface", "ranks", "checkpoint", "metrics", "probe", "report", "data", "apex", "job", "recipes", "trainer",
-]  # fmt: skip
-# Evaluation is a reader of finished models: it has an order of its own, and of the rest it knows these alone.
-EVAL_ORDER = "tasks scores sources store twins baseline finetune analysis report __init__ __main__".split()
-EVAL_NEEDS = {"config", "encoder", "huggingface", "metrics", "data", "grammar"}
+PACKAGE = ROOT / "sctd_ds"
+# Rooms of sctd_ds, each a module or a folder. A room imports itself and rooms above it, also inside functions.
+ROOMS = ["config", "adapters", "deepspeed_json", "method", "engine", "integrations", "data", "run", "eval", "doctor"]
+# What data and eval are allowed of these: data stands alone, and evaluation reads finished models.
+NEEDS = {"data": set(), "eval": {"config", "adapters", "method", "engine", "integrations", "data", "run"}}
+ENTRY = "__init__"  # the public names, made of everything
 
 
-def imports(path, package: str = "sctd_ds") -> set[str]:
-    """Top-level imports of ours in a file: the modules of `package` ("config", ...), and "sctd_kernels" and the like."""
-    found, depth = set(), package.count(".") + 1
-    for node in ast.parse(path.read_text()).body:
-        names = []
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name below it: "method.passes", "data" for its __init__."""
+    names = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == ENTRY and len(parts) > 1 else parts)] = path
+    return names
+
+
+MODULES = modules()
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports anywhere, inside functions too: "sctd_ds.method.passes", "torch.nn.Module"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if name == package or name.startswith(package + "."):
-                found.add(parts[depth] if len(parts) > depth else package)
-            elif parts[0] in ("sctd_kernels", "benchmarks", "pretrain"):
-                found.add(parts[0])
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-@pytest.mark.parametrize("module", [m for m in ORDER if m != "data"])
-def test_modules_import_only_what_stands_before_them(module):
-    allowed = set(ORDER[: ORDER.index(module)]) | {"sctd_kernels"}
-    path = ROOT / "sctd_ds" / module
-    for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
-        assert imports(file) <= allowed | {module}, file
+def needs(module: str) -> set[str]:
+    """The modules of sctd_ds that `module` imports."""
+    found = set()
+    for name in imported(MODULES[module]):
+        if name == "sctd_ds" or name.startswith("sctd_ds."):
+            inside = name.removeprefix("sctd_ds").removeprefix(".")
+            candidates = [inside, inside.rpartition(".")[0]]
+            found.add(next((candidate for candidate in candidates if candidate in MODULES), ENTRY))
+    return found - {module}
 
 
-def test_every_module_has_its_place():
-    found = {path.stem for path in (ROOT / "sctd_ds").iterdir() if path.is_dir() or path.suffix == ".py"}
-    assert found - {"__init__", "__pycache__"} == {*ORDER, "grammar", "eval"}
-    assert {path.stem for path in (ROOT / "sctd_ds" / "eval").glob("*.py")} == set(EVAL_ORDER)
+GRAPH = {module: needs(module) for module in MODULES}
 
 
-def test_evaluation_reads_models_and_its_modules_stand_in_order():
-    for file in (ROOT / "sctd_ds" / "eval").glob("*.py"):
-        assert imports(file) <= EVAL_NEEDS | {"eval"}, file
-        assert imports(file, "sctd_ds.eval") <= set(EVAL_ORDER[: EVAL_ORDER.index(file.stem)]), file
+def test_every_module_has_a_room():
+    assert {module.partition(".")[0] for module in MODULES} == {*ROOMS, ENTRY}
 
 
-def test_data_and_the_grammar_import_nothing_else_of_ours_and_kernels_nothing_at_all():
-    assert not imports(ROOT / "sctd_ds" / "grammar.py")
-    for file in (ROOT / "sctd_ds" / "data").glob("*.py"):
-        assert imports(file) <= {"data"}, file
-    for file in (ROOT / "kernels" / "sctd_kernels").glob("*.py"):
-        assert imports(file) <= {"sctd_kernels"}, file
-        assert "transformers" not in file.read_text() and "deepspeed" not in file.read_text(), file
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {ENTRY}))
+def test_a_module_imports_only_rooms_above_its_own(module):
+    room = module.partition(".")[0]
+    allowed = NEEDS.get(room, set(ROOMS[: ROOMS.index(room)])) | {room}
+    assert {other.partition(".")[0] for other in GRAPH[module]} <= allowed, GRAPH[module]
 
 
-def test_tables_of_an_ablation_know_nothing_of_how_it_is_run():
-    assert not imports(ROOT / "benchmarks" / "ablation_tables.py", "benchmarks")
-    assert "ablation_tables" in imports(ROOT / "benchmarks" / "ablate.py", "benchmarks")
+def test_no_modules_import_each_other_in_a_circle():
+    list(graphlib.TopologicalSorter(GRAPH).static_order())
+
+
+def test_the_method_is_listed_in_the_order_of_its_imports():
+    listed = [line.split()[0] for line in ast.get_docstring(ast.parse(MODULES["method"].read_text())).splitlines()
+              if line.startswith("    ")]  # fmt: skip
+    assert sorted(f"method.{name}" for name in listed) == sorted(m for m in MODULES if m.startswith("method."))
+    for number, name in enumerate(listed):
+        inside = {other for other in GRAPH[f"method.{name}"] if other.startswith("method")}
+        assert inside - {"method"} <= {f"method.{other}" for other in listed[:number]}, name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: path.name)
+def test_kernels_need_torch_and_triton_only(path):
+    tops = {name.partition(".")[0] for name in imported(path)}
+    assert not tops & {"sctd_ds", "transformers", "deepspeed", "benchmarks", "pretrain"}
+
+
+def test_nothing_in_the_package_imports_what_uses_it():
+    for path in MODULES.values():
+        assert not {name.partition(".")[0] for name in imported(path)} & {"benchmarks", "pretrain", "tests"}, path
+
+
+def test_tables_of_an_ablation_do_not_know_how_it_is_run():
+    tables, runs = (imported(ROOT / "benchmarks" / f"{name}.py") for name in ("ablation_tables", "ablate"))
+    assert not any(name.startswith("benchmarks") for name in tables)
+    assert any(name.startswith("benchmarks.ablation_tables") for name in runs)
 
 
 def test_importing_the_package_is_light():
@@ -87,20 +114,20 @@ def test_the_name_kernels_stays_hugging_faces(tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("MARK = 'theirs'\n")
     code = (
+        f"import sys; sys.path.insert(1, {str(tmp_path)!r});"
         "import kernels, sctd_kernels, sctd_ds; assert kernels.MARK == 'theirs';"
         "from transformers import BertForMaskedLM; print(sctd_kernels.__file__)"
     )
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(1, {str(tmp_path)!r}); {code}"], cwd=ROOT,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("kernels/sctd_kernels/__init__.py")
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
 def test_wheel_holds_both_packages_and_no_top_level_kernels(tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
-                   check=True, capture_output=True)  # fmt: skip
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     tops = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert tops == {"sctd_ds", "sctd_kernels"}
-    assert "sctd_kernels/__init__.py" in names and "sctd_ds/data/__init__.py" in names
+    assert {"sctd_kernels/__init__.py", "sctd_ds/data/__init__.py", "sctd_ds/method/passes.py"} <= set(names)
