@@ -1,10 +1,10 @@
 """The same model over pipeline stages: DeepSpeed's PipelineModule and PipelineEngine with the method inside.
 
-A stage owns some of the model's own layers; the layer plan that the data-parallel path follows says what each does. Stages
-exchange one packed tensor, [B + R, S, d]: B rows of the dropped pass and, behind the place where the two passes part, R rows
-of the full pass, so an align step costs one send and one backward per micro-batch, and the shared prefix runs once. Behind
-the cross layer a row of the dropped pass holds the kept tokens' states at their positions, and at the others the states of
-the last full layer, which wait there for the last layer. The selection is made on the first stage and travels beside it as
+A stage owns some of the model's own layers and walks them as the data-parallel path does (`passes.advance`). Stages exchange
+one packed tensor, [B + R, S, d]: B rows of the dropped pass and, after the layer where the passes part, R rows of the full
+pass. So an align step costs one send and one backward pass per micro-batch, and a shared prefix runs once. After the cross
+layer a row of the dropped pass holds the kept tokens' states at their positions; at the other positions the states of the
+last full layer wait for the last layer. The first stage chooses the kept tokens, and the choice travels beside the states as
 integers. Every rank reads its pipeline's micro-batches itself, so ids, labels and padding masks never travel.
 
 Legend: B rows, S tokens, K kept tokens, R rows of the full pass, d hidden size.
@@ -48,7 +48,7 @@ Visit = Callable[[Streams], None]
 
 @dataclass(frozen=True)
 class Task:
-    """A micro-batch, and what to do with it."""
+    """A micro-batch, the mode it runs in, and the optimizer step it belongs to (None: evaluation)."""
 
     batch: Batch
     mode: Mode
@@ -220,6 +220,20 @@ class Pipeline(PipelineModule):
                 module.to("meta")
 
 
+def _timed(instruction: Callable[..., None]) -> Callable[..., None]:
+    """An instruction of DeepSpeed's pipeline schedule that adds its time to the engine's `work_seconds`, if that is wanted."""
+
+    def timed(engine: ScTDPipelineEngine, *args: Any, **kwargs: Any) -> None:
+        if not engine.time_work:
+            return instruction(engine, *args, **kwargs)
+        start = time.perf_counter()
+        instruction(engine, *args, **kwargs)
+        get_accelerator().synchronize()
+        engine.work_seconds += time.perf_counter() - start
+
+    return timed
+
+
 class ScTDPipelineEngine(StepLogic, PipelineEngine):
     """DeepSpeed's pipeline engine (ZeRO 1) with the method's schedule, importance table and checkpoints."""
 
@@ -227,7 +241,7 @@ class ScTDPipelineEngine(StepLogic, PipelineEngine):
         super()._attach()
         self.sctd.importance.to(self.device)
         self.time_work = False
-        """Measure `work_seconds`, which waits for the device after each forward and backward pass."""
+        """Whether to measure `work_seconds`, which waits for the device after each forward and backward pass."""
         self.work_seconds = 0.0
         """Time spent in forward and backward passes, and not in waiting for other stages."""
         self._layout: tuple[Any, ...] = ()
@@ -295,17 +309,6 @@ class ScTDPipelineEngine(StepLogic, PipelineEngine):
         self._layout = layout
         self.module.feed(tasks)
 
-    def _timed(run: Callable[..., None]) -> Callable[..., None]:
-        def instruction(self: ScTDPipelineEngine, *args: Any, **kwargs: Any) -> None:
-            if not self.time_work:
-                return run(self, *args, **kwargs)
-            start = time.perf_counter()
-            run(self, *args, **kwargs)
-            get_accelerator().synchronize()
-            self.work_seconds += time.perf_counter() - start
-
-        return instruction
-
     _INSTRUCTION_MAP = {
         **PipelineEngine._INSTRUCTION_MAP,
         pipe_schedule.ForwardPass: _timed(PipelineEngine._exec_forward_pass),
@@ -326,9 +329,13 @@ def balance(state: ScTD, sizes: Any, stages: int, length: int | None = None) -> 
     """
     length = length or sizes.max_position_embeddings
     shape = Shape(
-        len(state.adapter.layers), sizes.hidden_size, sizes.intermediate_size, state.adapter.vocabulary, length,
-        state.config.labels_per_row or round(0.15 * length),
-    )  # fmt: skip
+        layers=state.plan.layers,
+        hidden=sizes.hidden_size,
+        intermediate=sizes.intermediate_size,
+        vocabulary=state.adapter.vocabulary,
+        length=length,
+        labels=state.config.labels_per_row or round(0.15 * length),
+    )
     flops = {mode: part_flops(shape, state.config, mode) for mode in modes(state.config)}
     costs = [mean_cost(state.config, {mode: parts[i] for mode, parts in flops.items()}) for i in range(shape.layers + 1)]
     costs[-2:] = [costs[-2] + costs[-1]]
