@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,9 +119,9 @@ class Metrics:
         if step % self._every == 0 or step == self._total:
             self._file.flush()
             if self._bar.disable:
-                recent = _over(self._recent)
-                left = _duration((self._total - step) * recent["step_ms"] / 1000)
-                logger.info("step %d/%d: %s, about %s left", step, self._total, text("train", recent), left)
+                ms = statistics.fmean(values["step_ms"] for values in self._recent)
+                left = _duration((self._total - step) * ms / 1000)
+                logger.info("step %d/%d: %s, about %s left", step, self._total, text("train", _over(self._recent)), left)
             self._recent.clear()
 
     def validation(self, step: int, values: Mapping[str, Any], samples: int) -> None:
@@ -182,7 +183,7 @@ def _over(records: Sequence[Record]) -> Record:
     for metric in METRICS["train"]:
         known = [record[metric.name] for record in records if record.get(metric.name) is not None]
         if known and metric.shown is not None:
-            values[metric.name] = sum(known) / len(known) if metric.shown == "mean" else known[-1]
+            values[metric.name] = statistics.fmean(known) if metric.shown == "mean" else known[-1]
     return values
 
 

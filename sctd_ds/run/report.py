@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,10 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, records: Sequence[R
     device_type = get_accelerator().device_name()
     environment = Environment.collect(device_type)
     flops: dict[str, float] = {mode: sequence_flops(shape, run.sctd, mode) for mode in modes(run.sctd)}
-    step_ms = _step_ms(train)
-    speed = _samples_per_s(run, train, step_ms)
+    # Speed is that of each mode's median step, taken as often as in the run: start-up and saving do not count.
+    taken, step_ms = [record["mode"] for record in train], _step_ms(train)
+    speed = 1000 * run.global_batch / statistics.fmean(step_ms[mode] for mode in taken) if taken else None
+    peak = peak_flops(environment.device)
     return Report(
         name=run.name,
         method=run.sctd.method,
@@ -97,7 +99,7 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, records: Sequence[R
         time_saved=probe.time_saved(run) if probe else None,
         time_saved_against_huggingface=probe.time_saved(run, against=HUGGING_FACE) if probe else None,
         step_ms=probe.step_ms if probe else {},
-        mfu=_mfu(run, train, flops, speed, peak_flops(environment.device)),
+        mfu=statistics.fmean(flops[mode] for mode in taken) * speed / run.ranks / peak if speed and peak else None,
         peak_memory_bytes=None if device_type == "cpu" else get_accelerator().max_memory_allocated(),
         environment={**asdict(environment), **versions("deepspeed", "transformers", "datasets", "sctd_ds")},
         ranks=run.ranks,
@@ -122,19 +124,6 @@ def _step_ms(train: Sequence[Record]) -> dict[str, float]:
     for record in train:
         times.setdefault(record["mode"], []).append(record["step_ms"])
     return {mode: statistics.median(ms[1:] or ms) for mode, ms in times.items()}
-
-
-def _samples_per_s(run: RunConfig, train: Sequence[Record], step_ms: Mapping[str, float]) -> float | None:
-    """Rows per second at the median step of each mode, taken as often as in the run: start-up and saving do not count."""
-    return 1000 * run.global_batch / statistics.fmean(step_ms[record["mode"]] for record in train) if train else None
-
-
-def _mfu(
-    run: RunConfig, train: Sequence[Record], flops: Mapping[str, float], speed: float | None, peak: float | None
-) -> float | None:
-    if speed is None or peak is None:
-        return None
-    return statistics.fmean(flops[record["mode"]] for record in train) * speed / run.ranks / peak
 
 
 def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe: Probe | None, folder: Path) -> None:
