@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import sctd_ds
 from benchmarks.ablation_tables import BEGAN, LAYERS, REPORT, Run, Runs, in_order, write
-from benchmarks.harness import ROOT, commit
+from benchmarks.harness import ROOT
 from sctd_ds import data
 from sctd_ds.config import ConfigError
 from sctd_ds.data.sources import META, documents, identity
@@ -40,6 +40,7 @@ from sctd_ds.eval import EvalError
 from sctd_ds.eval.store import Model, fingerprint
 from sctd_ds.eval.synthetic import MARK
 from sctd_ds.eval.tasks import PROBES, TASKS
+from sctd_ds.run.environment import commit
 from sctd_ds.run.models import model_config
 from sctd_ds.run.settings import RunConfig, load
 

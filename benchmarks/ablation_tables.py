@@ -107,7 +107,7 @@ class Outcome:
     points: list[dict[str, float]]
     """By step: "step", "seconds" of training until then, its "dense_steps" (operations, in dense steps), and measures.
 
-    Seconds are of steps that take the median time of their kind: a machine's stalls are no property of a method.
+    Seconds are of steps that take the median time of their mode: a machine's stalls are no property of a method.
     """
 
 
@@ -155,15 +155,15 @@ def outcome(run: Run, report: Mapping[str, Any], base: RunConfig, out: Path, tas
     values[SAVED] = 100 * (1 - cost)
     values |= score(found, tasks) | found
     records = metrics.read(run.folder(out) / "metrics.jsonl")
-    by_kind: dict[str, list[float]] = {}
+    by_mode: dict[str, list[float]] = {}
     for record in records:
         if record["event"] == "train":
-            by_kind.setdefault(record["kind"], []).append(record["step_ms"])
-    usual = {kind: statistics.median(ms) for kind, ms in by_kind.items()}
+            by_mode.setdefault(record["mode"], []).append(record["step_ms"])
+    usual = {mode: statistics.median(ms) for mode, ms in by_mode.items()}
     seconds, points = 0.0, []
     for record in records:
         if record["event"] == "train":
-            seconds += usual[record["kind"]] / 1000
+            seconds += usual[record["mode"]] / 1000
         else:
             step = record["step"]
             reached = found if step == report["steps"] else measured(f"{run.name}@{step}", out)

@@ -7,10 +7,7 @@ next call reads, and it is long enough for the cost of starting it to vanish. Ho
 import csv
 import math
 import os
-import platform
-import re
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from sctd_ds.run.environment import Environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -27,49 +26,6 @@ GRAPH_MICROSECONDS = 600.0
 MAX_CALLS = 128
 REPLAYS = 20
 HEAD_START = 2_000_000  # clock cycles, about a millisecond, for the host to launch what is then timed
-
-
-@dataclass(frozen=True)
-class Environment:
-    """Where and on what a figure was measured; written into every line of a results file."""
-
-    device: str
-    commit: str
-    torch: str
-    triton: str
-    cuda: str
-    python: str
-    date: str
-
-    @classmethod
-    def collect(cls) -> "Environment":
-        try:
-            from triton import __version__ as triton_version
-        except ImportError:
-            triton_version = "none"
-        gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
-        cpu = f"CPU {platform.machine()}, {threads} thread{'s' * (threads > 1)}"
-        return cls(
-            device=torch.cuda.get_device_name() if gpu else cpu,
-            commit=commit(),
-            torch=torch.__version__,
-            triton=triton_version,
-            cuda=torch.version.cuda if gpu else "none",
-            python=platform.python_version(),
-            date=time.strftime("%Y-%m-%d"),
-        )
-
-    @property
-    def folder_name(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-
-
-def commit() -> str:
-    """The commit that is measured: SCTD_COMMIT where a copy without its history runs, else what git says."""
-    if "SCTD_COMMIT" in os.environ:
-        return os.environ["SCTD_COMMIT"]
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
 
 
 def single_process() -> None:

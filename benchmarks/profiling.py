@@ -1,4 +1,4 @@
-"""Where a step's device time goes, by kind of work, from one torch.profiler trace."""
+"""Where a step's device time goes, by category of work, from one torch.profiler trace."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from torch.profiler import ProfilerActivity, profile
 UPDATE = "optimizer update"
 """Name of the profiler range around the engine's update: what is launched inside it is the optimizer's."""
 
-# The first pattern that a kernel's name contains decides; flash attention's names also mention cutlass.
+# The first pattern that matches a kernel's name decides: the names of flash attention also mention cutlass.
+METHOD, HEAD = "selection, routing, KL, table", "head and loss"
+ELEMENTWISE, OPTIMIZER, GAPS = "elementwise, norm, dropout, other", "optimizer", "gaps (device idle)"
 CATEGORIES = (
     ("attention", re.compile(r"flash|fmha|attention|sdpa", re.I)),
     ("communication", re.compile(r"nccl", re.I)),
-    ("selection, routing, KL, table",
-     re.compile(r"take_rows|split_rows|select_tokens|softmax_kl|record_losses|update_scores", re.I)),
-    ("head and loss", re.compile(r"cross_entropy|nll_loss|log_?softmax", re.I)),
+    (METHOD, re.compile(r"take_rows|split_rows|select_tokens|softmax_kl|record_losses|update_scores", re.I)),
+    (HEAD, re.compile(r"cross_entropy|nll_loss|log_?softmax", re.I)),
     ("GEMM", re.compile(r"gemm|nvjet|cutlass|xmma|wgmma|splitk|cublas|triton_tem", re.I)),
     ("copy and fill", re.compile(r"memcpy|memset|copy_kernel|CatArray|FillFunctor", re.I)),
-)  # fmt: skip
-ELEMENTWISE, OPTIMIZER, GAPS = "elementwise, norm, dropout, other", "optimizer", "gaps (device idle)"
+)
 MATRIX_PRODUCTS = re.compile(r"aten::(addmm|mm|bmm|linear|matmul|_addmm)")
 
 
 @dataclass
 class Breakdown:
-    """ms per step. wall: first to last device activity; categories add up to more than wall - gaps where streams overlap."""
+    """ms per step. wall: first to last device activity. Where streams overlap, categories exceed wall - gaps in sum."""
 
     wall: float
     gaps: float
@@ -51,12 +51,12 @@ class Breakdown:
 
 
 def profile_steps(step: Callable[[], None], *, head_rows: int, vocabulary: int, steps: int = 3) -> Breakdown:
-    """Trace `steps` steps after one untraced. head_rows: labelled tokens of a micro-batch, by which the head is known.
+    """Trace `steps` steps after an untraced one. head_rows: labelled tokens of a micro-batch, which identify the head.
 
     Needs a CUDA device; raises ValueError without one.
     """
     if not torch.cuda.is_available():
-        raise ValueError("device time can only be broken down on a GPU: run --profile on a machine with a CUDA device")
+        raise ValueError("--profile needs a GPU: run it on a machine with a CUDA device")
     step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as trace:
@@ -71,17 +71,17 @@ def profile_steps(step: Callable[[], None], *, head_rows: int, vocabulary: int, 
 
 
 def break_down(events: Iterable[Mapping[str, Any]], steps: int, *, head_rows: int, vocabulary: int) -> Breakdown:
-    """Sort a Chrome trace's device activities by kind of work. Times of the trace are in microseconds."""
+    """Sort a Chrome trace's device activities by category of work. Times in the trace are in microseconds."""
     on_device, launches, operators, updates = [], {}, {}, []
     for event in events:
-        category, arguments = event.get("cat"), event.get("args", {})
-        if category in ("kernel", "gpu_memcpy", "gpu_memset"):
+        source, arguments = event.get("cat"), event.get("args", {})
+        if source in ("kernel", "gpu_memcpy", "gpu_memset"):
             on_device.append(event)
-        elif category in ("cuda_runtime", "cuda_driver"):
+        elif source in ("cuda_runtime", "cuda_driver"):
             launches[arguments.get("correlation")] = event["ts"]
-        elif category == "cpu_op":
+        elif source == "cpu_op":
             operators[arguments.get("External id")] = event
-        elif category == "user_annotation" and event["name"] == UPDATE:
+        elif source == "user_annotation" and event["name"] == UPDATE:
             updates.append((event["ts"], event["ts"] + event["dur"]))
     if not on_device:
         raise ValueError("the trace holds no device activity: is another profiler attached to the device?")
@@ -92,12 +92,12 @@ def break_down(events: Iterable[Mapping[str, Any]], steps: int, *, head_rows: in
         arguments, ms = event.get("args", {}), event["dur"] / 1e3 / steps
         launched = launches.get(arguments.get("correlation"))
         if launched is not None and any(start <= launched <= end for start, end in updates):
-            kind = OPTIMIZER
+            category = OPTIMIZER
         elif _of_head(operators.get(arguments.get("External id")), head_rows, vocabulary):
-            kind = "head and loss"
+            category = HEAD
         else:
-            kind = next((name for name, pattern in CATEGORIES if pattern.search(event["name"])), ELEMENTWISE)
-        categories[kind] += ms
+            category = next((name for name, pattern in CATEGORIES if pattern.search(event["name"])), ELEMENTWISE)
+        categories[category] += ms
         kernels[event["name"]][0] += ms
         kernels[event["name"]][1] += 1 / steps
     start = min(event["ts"] for event in on_device)
@@ -108,7 +108,7 @@ def break_down(events: Iterable[Mapping[str, Any]], steps: int, *, head_rows: in
 
 
 def _of_head(operator: Mapping[str, Any] | None, head_rows: int, vocabulary: int) -> bool:
-    """Whether a matrix product works on the labelled rows or the vocabulary, told by its input shapes."""
+    """Whether a matrix product works on the labelled rows or the vocabulary, judged by its input shapes."""
     if operator is None or not MATRIX_PRODUCTS.match(operator["name"]):
         return False
     shapes = [shape for shape in operator.get("args", {}).get("Input Dims", []) if shape and isinstance(shape[0], int)]

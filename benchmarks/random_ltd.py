@@ -1,4 +1,4 @@
-"""DeepSpeed's random layer token drop (random-LTD) around an untouched Hugging Face BERT: the neighbour that we compare with.
+"""DeepSpeed's random layer token drop (random-LTD) around an untouched Hugging Face BERT, for comparison.
 
 Each dropping layer gathers its own random tokens, runs on them alone, and puts them back among the others.
 """
@@ -32,23 +32,32 @@ def unavailable() -> str | None:
 
 
 def settings(layers: int) -> dict[str, Any]:
-    """The "data_efficiency" block with which the layers drop tokens in which our drop step has fewer than all."""
+    """The "data_efficiency" block that drops tokens in the layers where a drop step of ours runs on the kept ones."""
     plan = LayerPlan(layers)
     dropping = list(range(plan.cross, plan.last))
-    # As a "decoder" it takes no mask: rows are full here. As an "encoder" it would insist on one and cut it row by row. What
-    # is sampled and computed is the same, so this is the faster way to have it.
     random_ltd = {
-        "enabled": True, "model_type": "decoder", "model_mask_name": None, "hidden_state_order": "batch_seq_dim",
-        "total_layer_num": layers, "random_ltd_layer_num": len(dropping), "random_ltd_layer_id": dropping,
+        "enabled": True,
+        # A "decoder" takes no mask, and rows are full here. An "encoder" would need one and cut it row by row: slower, for
+        # the same samples and results.
+        "model_type": "decoder",
+        "model_mask_name": None,
+        "hidden_state_order": "batch_seq_dim",
+        "total_layer_num": layers,
+        "random_ltd_layer_num": len(dropping),
+        "random_ltd_layer_id": dropping,
         # A schedule at its end: `keep` sets the length, and no step changes it.
-        "random_ltd_schedule": {"min_value": 1, "max_value": 1, "schedule_type": "fixed_linear",
-                                "schedule_config": {"require_steps": 1, "seq_per_step": 1}},
-    }  # fmt: skip
+        "random_ltd_schedule": {
+            "min_value": 1,
+            "max_value": 1,
+            "schedule_type": "fixed_linear",
+            "schedule_config": {"require_steps": 1, "seq_per_step": 1},
+        },
+    }
     return {"enabled": True, "data_routing": {"enabled": True, "random_ltd": random_ltd}}
 
 
 def wrap(engine: Any) -> nn.ModuleList:
-    """The layers of the engine's BertForMaskedLM as random-LTD runs them, sharing all parameters; the model stays as it is.
+    """The layers of the engine's BertForMaskedLM as random-LTD runs them, with the same parameters. The model is unchanged.
 
     engine: built with `settings` in its configuration.
     """
@@ -59,7 +68,7 @@ def wrap(engine: Any) -> nn.ModuleList:
     _, *names = inspect.signature(plain[0].forward).parameters
 
     def by_name(layer: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        # The wrapper takes nothing but the states by position; transformers passes masks so.
+        # The wrapper takes only the states by position, but transformers passes masks by position, too.
         return arguments[:1], {**dict(zip(names, arguments[1:], strict=False)), **keywords}
 
     for layer in wrapped:

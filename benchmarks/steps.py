@@ -1,14 +1,13 @@
-"""The training steps that are compared: kinds of step, cases, and a trainer that can take a step of any kind."""
+"""The training steps that are compared: variants, cases, and a trainer that can take a step of any variant."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import BertConfig, BertForMaskedLM
@@ -16,21 +15,23 @@ from transformers import BertConfig, BertForMaskedLM
 import sctd_ds
 from benchmarks import random_ltd
 from benchmarks.profiling import UPDATE
-from sctd_ds.config import ScTDConfig
+from sctd_ds.config import BERT_SIZES, ScTDConfig
 from sctd_ds.method.convert import state_of
 from sctd_ds.method.flops import Shape, part_flops, sequence_flops
 from sctd_ds.method.plan import LayerPlan, kept_tokens
 from sctd_ds.method.schedule import Mode
-from sctd_ds.run.probe import HUGGING_FACE, STATIC_FP16, release_memory
-from sctd_ds.run.report import PEAK_FLOPS
+from sctd_ds.run.environment import device_name, peak_flops
+from sctd_ds.run.probe import HUGGING_FACE, choose_step, release_memory, start_engine
 
 VOCABULARY = 30528  # BERT's 30522 as pretrain.py pads it, for every variant
-MODELS: dict[str, dict[str, Any]] = {
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "small": {"hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 1024,
-              "vocab_size": 4096},
-}  # fmt: skip
+SMALL = {
+    "hidden_size": 256,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+    "vocab_size": 4096,
+}
+MODELS: dict[str, dict[str, Any]] = {"large": BERT_SIZES["bert-large"], "base": BERT_SIZES["bert-base"], "small": SMALL}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 HUGGING_FACE_COMPILED, RANDOM_LTD = "huggingface compiled", "random-LTD"
@@ -40,19 +41,19 @@ DENSE_WHOLE, DROP_WHOLE = "dense, whole last layer", "drop, whole last layer"
 
 @dataclass(frozen=True)
 class Variant:
-    """One kind of step: whose forward runs, the mode, and how the method's settings differ from the default."""
+    """A step to measure: the mode, how the method's settings differ from the default, and which forward runs."""
 
     name: str
     mode: Mode = "dense"
     settings: Mapping[str, Any] = field(default_factory=dict)
     against: str | None = "dense"
     """Name of the dense step that its time and operations are compared with."""
-    model: Literal["ours", "plain", "compiled", "random-LTD"] = "ours"
+    model: Literal["converted", "plain", "compiled", "random-LTD"] = "converted"
+    """The converted model, or the untouched one: as it is, compiled, or with random-LTD's layers."""
 
     @property
-    def ours(self) -> bool:
-        """Whether the converted model runs, not the untouched one."""
-        return self.model == "ours"
+    def converted(self) -> bool:
+        return self.model == "converted"
 
 
 VARIANTS = (
@@ -88,8 +89,14 @@ class Case:
     def shape(self) -> Shape:
         size = MODELS[self.model]
         vocabulary = size.get("vocab_size", VOCABULARY)
-        return Shape(size["num_hidden_layers"], size["hidden_size"], size["intermediate_size"], vocabulary, self.length,
-                     self.labels)  # fmt: skip
+        return Shape(
+            layers=size["num_hidden_layers"],
+            hidden=size["hidden_size"],
+            intermediate=size["intermediate_size"],
+            vocabulary=vocabulary,
+            length=self.length,
+            labels=self.labels,
+        )
 
     def config(self, variant: Variant) -> ScTDConfig:
         return ScTDConfig(keep_token_ids=[0, 1, 2, 3], labels_per_row=self.labels, **variant.settings)
@@ -101,16 +108,16 @@ class Case:
     def flops(self, variant: Variant) -> float:
         """Operations of one sequence as the variant computes them: the untouched model's head runs on every token."""
         shape, config = self.shape, self.config(variant)
-        if variant.ours:
+        if variant.converted:
             return sequence_flops(shape, config, variant.mode)
         if variant.model != "random-LTD":
             return sequence_flops(shape, config, "dense", self.length)
-        # A drop step, but for the layer where our kept tokens attend to all: to it, too, the dropped ones are gone.
+        # As a drop step, except for the cross layer, which random-LTD runs on the kept tokens alone.
         parts, plan = part_flops(shape, config, "drop", self.length), LayerPlan(shape.layers)
         return sum(parts) - parts[plan.cross] + parts[plan.kept[0]]
 
     def batches(self, device: torch.device, count: int = 4) -> list[dict[str, Tensor]]:
-        """Random rows, always the same: input_ids [B, S] and labels [B, S] with exactly `labels` labelled tokens a row."""
+        """The same random rows each time: input_ids and labels [B, S], with exactly `labels` labelled tokens per row."""
         generator = torch.Generator().manual_seed(0)
         vocabulary, made = self.shape.vocabulary, []
         for _ in range(count):
@@ -136,15 +143,12 @@ class Setup:
 
     @property
     def peak_flops(self) -> float | None:
-        """The device's dense 16-bit peak; None where it is not known or does not apply."""
-        if self.device.type != "cuda" or self.dtype == "fp32":
-            return None
-        name = torch.cuda.get_device_name()
-        return next((value for key, value in PEAK_FLOPS.items() if key in name), None)
+        """The device's dense 16-bit peak in FLOP/s; None where it is not known or does not apply."""
+        return None if self.dtype == "fp32" else peak_flops(device_name(self.device.type))
 
 
 class Trainer:
-    """One model that can take a step of any variant, without an engine at first and with one after `start_engine`."""
+    """One model that can take a step of any variant, first without an engine, and with one after `start_engine`."""
 
     def __init__(self, model: str, setup: Setup) -> None:
         self.setup = setup
@@ -157,38 +161,39 @@ class Trainer:
         self.engine: Any = None
         self.variant = BY_NAME[HUGGING_FACE]
         self._steps = 0
-        plain = type(self.model).forward
-        self._forwards = {"ours": self.model.forward, "plain": types.MethodType(plain, self.model)}
-        self._forwards["random-LTD"] = self._forwards["plain"]
+        plain = types.MethodType(type(self.model).forward, self.model)
+        self._forwards: dict[str, Callable[..., Any]] = {
+            "converted": self.model.forward,
+            "plain": plain,
+            "random-LTD": plain,  # with other layers
+        }
         self._layers: nn.ModuleList = self.model.bert.encoder.layer
         self._random_ltd_layers: nn.ModuleList | None = None
         if setup.compile:
-            # Every pair of S and B has graphs of its own, of all models; a step that quietly ran uncompiled would mislead.
+            # Each pair of S and B needs graphs of its own. A step that silently ran uncompiled would give a wrong figure.
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             state_of(self.model).encoder.compile()
-            self._forwards["compiled"] = types.MethodType(torch.compile(plain, dynamic=False), self.model)
+            compiled = torch.compile(type(self.model).forward, dynamic=False)
+            self._forwards["compiled"] = types.MethodType(compiled, self.model)
 
     def start_engine(self) -> None:
         """Put the real engine around the model, with the settings of ds_configs/ and torch's fused AdamW."""
         settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # enters DeepSpeed's own bookkeeping only; batches come as they are
+            "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's bookkeeping: a batch may have any size
             "gradient_accumulation_steps": self.setup.accumulation,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.01, "torch_adam": True, "fused": True}},
             "zero_optimization": {"stage": 2, "contiguous_gradients": True, "overlap_comm": self.setup.device.type == "cuda"},
             "gradient_clipping": 1.0,
             "steps_per_print": 1_000_000_000,
-            "data_efficiency": random_ltd.settings(len(self._layers)),  # does nothing to layers that are not wrapped
+            "data_efficiency": random_ltd.settings(len(self._layers)),  # no effect on layers that are not wrapped
         }
-        if self.setup.dtype == "fp16":
-            settings["fp16"] = STATIC_FP16
-        elif self.setup.dtype == "bf16":
-            settings["bf16"] = {"enabled": True}
-        self.engine, *_ = sctd_ds.initialize(model=self.model, model_parameters=self.model.parameters(), config=settings)
-        self._engine_class = type(self.engine)
+        if self.setup.dtype in ("fp16", "bf16"):
+            settings[self.setup.dtype] = {"enabled": True}
+        self.engine = start_engine(self.model, settings)
 
     def missing(self, variant: Variant) -> str | None:
-        """What a step of `variant` would need that is not here, in a line; None: nothing."""
+        """Why a step of `variant` cannot run here, in a line; None: it can."""
         if variant.model == "compiled" and not self.setup.compile:
             return "torch.compile is off"
         if variant.model == "random-LTD":
@@ -205,19 +210,17 @@ class Trainer:
         state_of(self.model).config = case.config(variant)
         if self.engine is None:
             return
-        # The untouched model trains under DeepSpeed's own engine, which ours extends without construction of its own.
-        self.engine.__class__ = self._engine_class if variant.ours else DeepSpeedEngine
-        self.engine.forced_mode = variant.mode
+        choose_step(self.engine, variant.mode, untouched=not variant.converted)
         if variant.model == "random-LTD":
             self._random_ltd_layers = self._random_ltd_layers or random_ltd.wrap(self.engine)
             self.model.bert.encoder.layer = self._random_ltd_layers
             random_ltd.keep(self.engine, case.kept(variant))
 
     def step(self, batch: Mapping[str, Tensor]) -> None:
-        """One step on the device, not waited for: with the engine all micro-batches of an update and the update."""
+        """One step, without waiting for the device. With the engine: all micro-batches of an update, and the update."""
         self._steps += 1
         if self.engine is None:
-            if self.variant.ours:
+            if self.variant.converted:
                 sctd_ds.set_mode(self.model, self.variant.mode, self._steps)
             self.model(**batch).loss.backward()
             self.model.zero_grad(set_to_none=True)
@@ -228,7 +231,7 @@ class Trainer:
                 self.engine.step()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         if self.engine is not None:
             self.engine.destroy()
         self.__dict__.clear()

@@ -15,10 +15,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Environment
+from benchmarks.step_tables import record
 from benchmarks.steps import ALIGN, BY_NAME, SEPARATE, Case
-from benchmarks.train_step import add_arguments, make_setup, record, run
+from benchmarks.train_step import add_arguments, make_setup, run
 from sctd_ds.method.flops import flops_saved
+from sctd_ds.run.environment import Environment
 
 # Hours of 35K pretraining steps of BERT-large at 512 tokens (Zhong et al., ACL 2023, Table 5).
 PAPER_BASELINE_HOURS = 4.93
@@ -27,12 +28,12 @@ SEPARATELY = ", separate prefix"
 
 
 def recorded(path: Path, model: str, length: int) -> list[dict[str, str]]:
-    """Rows with the engine of one model and length from train_step.csv, at the batch with the fastest dense step; else []."""
+    """Recorded steps with the engine, of one model and length, at the batch size with the fastest dense step; else []."""
     if not path.exists():
         return []
+    wanted = ("engine", model, str(length))
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file)
-                if row["phase"] == "engine" and row["model"] == model and row["length"] == str(length)]  # fmt: skip
+        rows = [row for row in csv.DictReader(file) if (row["phase"], row["model"], row["length"]) == wanted]
     dense = [row for row in rows if row["variant"] == "dense" and row.get("sequences_per_s")]
     if not dense:
         return []
@@ -41,7 +42,7 @@ def recorded(path: Path, model: str, length: int) -> list[dict[str, str]]:
 
 
 def compare(rows: Sequence[Mapping[str, Any]], case: Case) -> list[dict[str, Any]]:
-    """Per line of the paper's table the saved share of the dense step's time: published, and ideal and measured here."""
+    """The saved share of a dense step's time, by line of the paper's table: published, and ideal and measured here."""
     ratio = {row["variant"]: float(row["ratio"]) for row in rows if row.get("ratio")}
     table = []
     for name, hours in PAPER_HOURS.items():
@@ -68,12 +69,12 @@ def text(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table5", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.table5", description=__doc__, formatter_class=as_written)
     parser.add_argument("--model", default="large", help="large (the paper's), base, or small (default %(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens per row (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="rows, where it is measured now (default %(default)s)")
-    parser.add_argument("--measure", action="store_true", help="measure now, whatever is recorded")
+    parser.add_argument("--batch", type=int, default=64, help="rows, if it measures now (default %(default)s)")
+    parser.add_argument("--measure", action="store_true", help="measure now, even if there are recorded times")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     environment = Environment.collect()
@@ -81,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     case = Case(arguments.model, arguments.length, arguments.batch)
     rows: Sequence[Mapping[str, Any]] = recorded(folder / "train_step.csv", case.model, case.length)
     if rows and not arguments.measure:
-        kept = {field.name: rows[0][field.name] for field in fields(Environment)}
-        environment = Environment(**kept)
+        environment = Environment(**{field.name: rows[0][field.name] for field in fields(Environment)})
     else:
         setup = make_setup(arguments)
         variants = [BY_NAME[name] for name in ("dense", "drop", ALIGN, SEPARATE)]

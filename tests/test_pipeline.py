@@ -190,7 +190,7 @@ def test_job_reports_kinds_of_steps_bubble_and_both_passes(finished):
     assert all(0 < share < 1 for share in report["bubble_share"].values())
     assert report["validation"]["gap"] == pytest.approx(report["validation"]["loss_drop"] - report["validation"]["loss_full"])
     train = [r for r in metrics.read(finished / "whole" / "metrics.jsonl") if r["event"] == "train"]
-    assert all(("kl_last" in r) == (r["kind"] == "align") and r["grad_norm"] > 0 for r in train) and len(train) == 14
+    assert all(("kl_last" in r) == (r["mode"] == "align") and r["grad_norm"] > 0 for r in train) and len(train) == 14
 
 
 def test_data_parallel_job_starts_from_a_pipelines_checkpoint(finished, small_data, tmp_path, capsys):
@@ -206,7 +206,7 @@ def test_data_parallel_job_starts_from_a_pipelines_checkpoint(finished, small_da
     assert start("run") == 0
     ours, theirs = (metrics.read(run / "metrics.jsonl") for run in (tmp_path / "run", finished / "whole"))
     ours, theirs = ([r for r in records if r["event"] == "train"] for records in (ours, theirs))
-    assert [(r["step"], r["kind"], r["lr"]) for r in ours] == [(r["step"], r["kind"], r["lr"]) for r in theirs[4:]]
+    assert [(r["step"], r["mode"], r["lr"]) for r in ours] == [(r["step"], r["mode"], r["lr"]) for r in theirs[4:]]
     # Dropout draws anew, which moves a loss by less than four steps of learning do.
     assert abs(ours[0]["loss"] - theirs[4]["loss"]) < 0.5 * abs(theirs[4]["loss"] - theirs[0]["loss"])
     (checkpoint / "mp_rank_00_model_states.pt").write_bytes(b"")

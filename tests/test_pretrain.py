@@ -102,10 +102,10 @@ def test_resumed_run_in_16_bits_is_the_run_that_never_stopped(small_data, tmp_pa
 def test_run_writes_what_it_promises(resumed):
     run = resumed / "whole"
     train = [r for r in metrics.read(run / "metrics.jsonl") if r["event"] == "train"]
-    assert [r["kind"] for r in train] == ["align" if t % INTERVAL == 0 else "drop" for t in range(1, 15)]
-    wanted = "step kind loss ce_drop lr grad_norm loss_scale step_ms tokens_per_s kept_token_share".split()
+    assert [r["mode"] for r in train] == ["align" if t % INTERVAL == 0 else "drop" for t in range(1, 15)]
+    wanted = "step mode loss ce_drop lr grad_norm loss_scale step_ms tokens_per_s kept_token_share".split()
     assert all(key in r for r in train for key in wanted)
-    assert all(("ce_full" in r and "kl_last" in r and "kl_previous" in r) == (r["kind"] == "align") for r in train)
+    assert all(("ce_full" in r and "kl_last" in r and "kl_previous" in r) == (r["mode"] == "align") for r in train)
     assert train[-1]["loss"] < train[0]["loss"]
     validations = [r for r in metrics.read(run / "metrics.jsonl") if r["event"] == "validation"]
     assert [r["step"] for r in validations] == [5, 10, 14]
@@ -412,7 +412,7 @@ def test_going_on_from_a_trained_model_takes_its_weights_tokenizer_and_table(min
     began, *_, after = [r for r in metrics.read(mini.folder / "run" / "metrics.jsonl") if r["event"] == "validation"]
     assert (began["step"], after["step"]) == (0, 4) and after["loss_full"] < began["loss_full"]
     assert "loss_full" in ended
-    assert f"{began['loss_full']:.3f} -> {after['loss_full']:.3f}" in capsys.readouterr().out
+    assert f"loss {began['loss_full']:.4f} -> {after['loss_full']:.4f}" in capsys.readouterr().out
     assert str(model) in (mini.folder / "run" / "model" / "README.md").read_text()
 
 

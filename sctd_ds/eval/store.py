@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.integrations.export import ImportanceTable, read_importance
 from sctd_ds.method.selection import POLICIES
+from sctd_ds.run.environment import device_name, versions
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # whole, in shards, or as torch pickles them
 
@@ -140,9 +140,14 @@ def remember(path: Path | None, settings: dict[str, Any], measure: Callable[[], 
 
     start = time.perf_counter()
     outcome = measure()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    record = {**about, "settings": settings, "scores": outcome, "seconds": round(time.perf_counter() - start, 2),
-              "device": device, **{name: version(name) for name in ("torch", "transformers")}}  # fmt: skip
+    record = {
+        **about,
+        "settings": settings,
+        "scores": outcome,
+        "seconds": round(time.perf_counter() - start, 2),
+        "device": device_name(),
+        **versions("torch", "transformers"),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1), encoding="utf-8")

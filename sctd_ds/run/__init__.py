@@ -1,1 +1,13 @@
-"""A pretraining run: its settings, model, data, measurements and report. `pretrain.py` puts these together."""
+"""A pretraining run, in the pieces that `pretrain.py` puts together.
+
+    environment  device, versions and commit
+    metrics      METRICS, and what is written of them while the run trains
+    validation   how good the model is, with all tokens and with dropping
+    settings     one JSON file: read, overridden, checked
+    models       the model: a new one, or a trained one
+    probe        what a step of each mode takes
+    report       what the run leaves behind
+    job          data, batches, and the forecast of a dry run
+
+Each imports only those above it.
+"""

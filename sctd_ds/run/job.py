@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -28,16 +28,16 @@ def load(source: Any, overrides: Sequence[str] = (), world_size: int = 1) -> Run
 
 
 def be_deterministic() -> None:
-    """Let this process repeat bit for bit on a GPU: kernels that add in one order only. Call it before any matrix product."""
+    """Choose kernels that add in one order only, so that a GPU repeats bit for bit. Call this before any matrix product."""
     import torch._inductor.config
     import torch.utils.deterministic
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     # Not warn_only: only the strict mode makes attention's backward deterministic.
     torch.use_deterministic_algorithms(True)
-    # Nothing here reads memory that it has not written.
+    # Filling memory is a guard against reading it uninitialized, which nothing here does.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch._inductor.config.deterministic = True  # no choice between kernels by their time
+    torch._inductor.config.deterministic = True  # kernels are not chosen by their time
 
 
 def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
@@ -45,7 +45,7 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
     options = run.pretrain
 
     def build() -> Path:
-        # Without the run's seed: runs of one text hold out the same of it, and can be compared.
+        # Without the run's seed: runs on one text hold out the same part of it, so their losses can be compared.
         return data.prepare(
             spec,
             Path("data") / "cache",
@@ -70,7 +70,7 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
 
 
 def make_batches(run: RunConfig, packed: data.PackedData, rank: int) -> tuple[data.Loader, Callable[[], Iterator[data.Batch]]]:
-    """This rank's training batches, and a function that gives its validation batches, the same ones each time."""
+    """This rank's training batches, and a function that returns its validation batches, the same ones each time."""
     options = run.pretrain
     masker = data.Masker(packed.tokenizer, options.seed, options.mlm_probability)
     # DeepSpeed numbers ranks stage by stage; all stages of a pipeline read the same rows.
@@ -85,9 +85,16 @@ def make_batches(run: RunConfig, packed: data.PackedData, rank: int) -> tuple[da
         seed=options.seed,
         num_workers=options.num_workers,
     )
-    most = -(-options.validation_rows // run.micro_batch)
-    rows = {"batch_size": run.micro_batch, "rank": replica, "world": world, "max_batches": most}
-    return loader, partial(data.validation_batches, packed.validation, masker, **rows)
+    validation = partial(
+        data.validation_batches,
+        packed.validation,
+        masker,
+        batch_size=run.micro_batch,
+        rank=replica,
+        world=world,
+        max_batches=math.ceil(options.validation_rows / run.micro_batch),
+    )
+    return loader, validation
 
 
 def shape_of(model: transformers.PreTrainedModel, run: RunConfig, packed: data.PackedData) -> Shape:
@@ -105,23 +112,21 @@ def shape_of(model: transformers.PreTrainedModel, run: RunConfig, packed: data.P
 
 def describe(model: transformers.PreTrainedModel, run: RunConfig, packed: data.PackedData) -> str:
     """The line a run starts with."""
-    stages, trained = run.pretrain.stages, run.pretrain.trained_model
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters" + (f" of {trained}" if trained else "")
-    rows = f"{len(packed.train):,} rows of {run.pretrain.seq_length} tokens to train on, {len(packed.validation):,} to validate"
-    who = "ranks" if stages == 1 else f"pipelines of {stages} stages"
-    step = f"{run.world_size} {who} x {run.micro_batch} rows x {run.accumulation} micro-batches"
+    options = run.pretrain
+    size = f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}M parameters"
+    if options.trained_model:
+        size += f" of {options.trained_model}"
+    rows = f"{len(packed.train):,} rows of {options.seq_length} tokens to train on, {len(packed.validation):,} to validate"
+    replicas = "ranks" if options.stages == 1 else f"pipelines of {options.stages} stages"
+    step = f"{run.world_size} {replicas} x {run.micro_batch} rows x {run.accumulation} micro-batches"
     return f"{run.name}: {size}, {rows}; a step is {step}"
 
 
-def forecast(run: RunConfig, shape: Shape, measured: Probe, folder: Path) -> str:
-    """What a dry run tells: time by kind of step, saving, the whole run, memory."""
-    result = report.build(run, shape, measured, folder)
+def forecast(run: RunConfig, shape: Shape, measured: Probe) -> str:
+    """What a dry run prints: step time by mode, saving, the whole run's time, memory."""
+    lines = report.saving_lines(report.build(run, shape, measured, records=[]))
     hours = mean_cost(run.sctd, measured.step_ms) * run.pretrain.steps / 3.6e6
-    lines = report.saving_text(result)
     lines.append(f"  whole run        {run.pretrain.steps:,} steps, about {hours:,.1f} hours on this device")
-    for kind, size in measured.peak_bytes.items():
-        lines.append(f"  peak memory      {kind}: {size / 2**30:.1f} GiB")
+    for mode, size in measured.peak_bytes.items():
+        lines.append(f"  peak memory      {mode}: {size / 2**30:.1f} GiB")
     return "\n".join(lines)
-
-
-logger = logging.getLogger(__name__)

@@ -1,26 +1,90 @@
-"""What a run reports while it trains: one JSON line per step, DeepSpeed's monitors, and a bar or a log line."""
+"""What a run reports while it trains. `METRICS` says what there is; log lines, metrics.jsonl, DeepSpeed's monitors, the final
+report and its figure all read this table.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import statistics
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-MONITORED = ("loss", "ce_drop", "ce_full", "kl_last", "kl_previous", "lr", "grad_norm", "loss_scale", "step_ms", "tokens_per_s")
+Event = Literal["train", "validation"]
+Record = dict[str, Any]
+"""A line of metrics.jsonl: "event", "step", in a training step its "mode", and values by the name of their metric."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that is recorded at every event of its type."""
+
+    name: str
+    """Its key in metrics.jsonl. The monitors get Train/NAME or Validation/NAME."""
+    label: str
+    """Its name in log lines, in the report and in the figure."""
+    format: str
+    monitored: bool = True
+    shown: Literal["mean", "last"] | None = None
+    """In log lines and in the report's text. A training log line has the mean over its steps, or the last step's value."""
+    drawn: bool = False
+    """Whether the figure's loss panel has a curve of it."""
+
+
+METRICS: dict[Event, tuple[Metric, ...]] = {
+    "train": (
+        Metric("loss", "loss", "{:.3f}", shown="mean", drawn=True),
+        Metric("ce_drop", "cross-entropy with dropping", "{:.3f}"),
+        Metric("ce_full", "cross-entropy", "{:.3f}"),
+        Metric("ce_sentence", "sentence loss", "{:.3f}"),
+        Metric("kl_last", "KL at layer l", "{:.2e}"),
+        Metric("kl_previous", "KL at layer l-1", "{:.2e}"),
+        Metric("step_ms", "ms per step", "{:.0f}", shown="mean"),
+        Metric("lr", "lr", "{:.2e}", shown="last"),
+        Metric("grad_norm", "gradient norm", "{:.2f}"),
+        Metric("loss_scale", "loss scale", "{:.0f}"),
+        Metric("tokens_per_s", "tokens/s", "{:,.0f}"),
+        Metric("skipped_steps", "skipped steps", "{}", monitored=False),
+        Metric("kept_token_share", "kept tokens", "{:.0%}", monitored=False),
+    ),
+    "validation": (
+        Metric("loss_full", "loss", "{:.4f}", shown="last", drawn=True),
+        Metric("loss_drop", "loss with dropping", "{:.4f}", shown="last", drawn=True),
+        Metric("gap", "gap", "{:+.4f}", shown="last"),
+        Metric("kl_last", "KL at layer l", "{:.2e}", shown="last"),
+        Metric("kl_previous", "KL at layer l-1", "{:.2e}"),
+        Metric("cosine_last", "cosine at layer l", "{:.4f}", shown="last"),
+        Metric("cosine_previous", "cosine at layer l-1", "{:.4f}"),
+    ),
+}
+"""Every metric, by event. A value may be None or absent where it does not apply, for example "ce_full" in a drop step."""
+
+
+def text(event: Event, values: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
+    """The values that are shown: "loss 6.270, ms per step 270". before: earlier values, as in "loss 6.270 -> 5.808"."""
+    parts = []
+    for metric in METRICS[event]:
+        if metric.shown is not None and values.get(metric.name) is not None:
+            value = metric.format.format(values[metric.name])
+            if before and before.get(metric.name) is not None:
+                value = f"{metric.format.format(before[metric.name])} -> {value}"
+            parts.append(f"{metric.label} {value}")
+    return ", ".join(parts)
 
 
 class Metrics:
-    """Writes `metrics.jsonl` on rank 0 and shows progress; does nothing on other ranks.
+    """Writes `metrics.jsonl` and the monitors on rank 0 and shows progress; does nothing on other ranks.
 
-    Every record has "step" and "event": "train" (one per optimizer step) or "validation". keep: the run in this folder is
-    continued at step `start`, and its records up to there stay; without it those of an earlier run make room.
+    start, total: the run's steps before the next and at its end. every: steps per log line. keep: the run in this folder is
+    continued at step `start`, so its records up to there stay; otherwise the folder's former records are deleted.
     """
 
     def __init__(self, folder: Path, *, start: int, total: int, every: int, keep: bool, monitor: Any, rank: int) -> None:
@@ -32,79 +96,95 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         _forget_after(self.path, start if keep else -1)
         self._file = self.path.open("a", encoding="utf-8")
-        self._recent: list[dict[str, Any]] = []
+        self._recent: list[Record] = []
         # A terminal gets a bar; a log file gets lines, because a bar would fill it with control characters.
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
-    def train(self, record: dict[str, Any], samples: int) -> None:
-        """Record one optimizer step. samples: rows seen by the whole run, the monitors' x axis."""
-        if not self._active:
-            return
-        self._write("train", record)
-        step = record["step"]
-        if self._monitor is not None and self._monitor.enabled:
-            self._monitor.write_events([(f"Train/{k}", record[k], samples) for k in MONITORED if record.get(k) is not None])
-        self._recent.append(record)
-        self._bar.update()
-        self._bar.set_postfix_str(f"{record['kind']} loss {record['loss']:.3f}  {record['step_ms']:.0f} ms")
-        if step % self._every == 0 or step == self._total:
-            self._file.flush()
-            if self._bar.disable:
-                loss, ms = (sum(r[key] for r in self._recent) / len(self._recent) for key in ("loss", "step_ms"))
-                logger.info("step %d/%d  loss %.3f  %.0f ms/step  lr %.2e  about %s left", step, self._total, loss, ms,
-                            record["lr"], _duration((self._total - step) * ms / 1000))  # fmt: skip
-            self._recent.clear()
+    def __enter__(self) -> Metrics:
+        return self
 
-    def validation(self, step: int, values: dict[str, float], samples: int) -> None:
-        """Record a validation."""
-        if not self._active:
-            return
-        self._write("validation", {"step": step, **values})
-        self._file.flush()
-        if self._monitor is not None and self._monitor.enabled:
-            self._monitor.write_events([(f"Validation/{name}", value, samples) for name, value in values.items()])
-        text = f"validation at step {step}: loss {values['loss_full']:.4f}"
-        if "loss_drop" in values:
-            text += (f", with dropping {values['loss_drop']:.4f} (gap {values['gap']:+.4f}), drift of [CLS]: "
-                     f"KL {values['kl_last']:.2e}, cosine {values['cosine_last']:.4f}")  # fmt: skip
-        self.say(text)
-
-    def say(self, text: str) -> None:
-        """A line above the bar, or in the log."""
-        if not self._active:
-            return
-        if self._bar.disable:
-            logger.info("%s", text)
-        else:
-            self._bar.write(text, file=sys.stderr)
-
-    def flush(self) -> None:
-        """Bring what was recorded to the disk."""
-        if self._active:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Flush everything; may be called twice."""
+    def __exit__(self, *_: object) -> None:
         if self._active:
             self._bar.close()
             self._file.close()
 
-    def _write(self, event: str, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"event": event, **record}) + "\n")
+    def train(self, step: int, mode: str, values: Mapping[str, Any], samples: int) -> None:
+        """Record one optimizer step. values: by metric. samples: rows that the whole run has seen, the monitors' x axis."""
+        self._record("train", {"step": step, "mode": mode}, values, samples)
+        if not self._active:
+            return
+        self._recent.append(dict(values))
+        self._bar.update()
+        self._bar.set_postfix_str(f"{mode}, {text('train', values)}")
+        if step % self._every == 0 or step == self._total:
+            self._file.flush()
+            if self._bar.disable:
+                ms = statistics.fmean(values["step_ms"] for values in self._recent)
+                left = _duration((self._total - step) * ms / 1000)
+                logger.info("step %d/%d: %s, about %s left", step, self._total, text("train", _over(self._recent)), left)
+            self._recent.clear()
+
+    def validation(self, step: int, values: Mapping[str, Any], samples: int) -> None:
+        """Record a validation. Arguments as in `train`."""
+        self._record("validation", {"step": step}, values, samples)
+        if not self._active:
+            return
+        self._file.flush()
+        line = f"validation at step {step}: {text('validation', values)}"
+        if self._bar.disable:
+            logger.info("%s", line)
+        else:
+            self._bar.write(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        """Write what was recorded to the disk."""
+        if self._active:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _record(self, event: Event, head: Record, values: Mapping[str, Any], samples: int) -> None:
+        known = METRICS[event]
+        for name in values:
+            if name not in {metric.name for metric in known}:
+                raise ValueError(f'"{name}" is not in sctd_ds.run.metrics.METRICS["{event}"]: add a line for it')
+        if not self._active:
+            return
+        record = {metric.name: values[metric.name] for metric in known if metric.name in values}
+        self._file.write(json.dumps({"event": event, **head, **record}) + "\n")
+        if self._monitor is not None and self._monitor.enabled:
+            shown = [metric.name for metric in known if metric.monitored and record.get(metric.name) is not None]
+            self._monitor.write_events([(f"{event.title()}/{name}", record[name], samples) for name in shown])
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Record]:
     """The records of a metrics.jsonl; a last line that was cut off by a kill is left out."""
     records = []
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             if number + 1 < len(lines):
                 raise
+            break
+        # Earlier versions called the mode "kind".
+        records.append({"mode" if key == "kind" else key: value for key, value in record.items()})
     return records
+
+
+def of(event: Event, records: Sequence[Record]) -> list[Record]:
+    """The records of one event."""
+    return [record for record in records if record["event"] == event]
+
+
+def _over(records: Sequence[Record]) -> Record:
+    """The log line's values over several training steps: means or last values, as each metric says."""
+    values = {}
+    for metric in METRICS["train"]:
+        known = [record[metric.name] for record in records if record.get(metric.name) is not None]
+        if known and metric.shown is not None:
+            values[metric.name] = statistics.fmean(known) if metric.shown == "mean" else known[-1]
+    return values
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -1,6 +1,6 @@
-"""The saving, measured: kinds of steps timed side by side, here on a copy of the model that is thrown away.
+"""The saving, measured: steps of each mode timed side by side, here on a copy of the model that is thrown away.
 
-`interleave` is how this project times steps; the benchmarks use it too.
+`interleave` is how this project times steps, and `start_engine` is what it times them on; the benchmarks use both.
 """
 
 from __future__ import annotations
@@ -19,50 +19,51 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.engine.initialize import initialize
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.random_state import random_state, set_random_state
-from sctd_ds.method.schedule import mean_cost
+from sctd_ds.method.schedule import Mode, mean_cost, modes
 from sctd_ds.run.settings import RunConfig
 
 WARMUP = 2
 HUGGING_FACE = "huggingface"
-STATIC_FP16 = {"enabled": True, "loss_scale": 128.0}
-"""DeepSpeed's fp16 block for timing: a dynamic scale starts by overflowing, and a skipped update is not the one to time."""
+"""In measurements, the step of the untouched model, beside the modes of the method."""
 
 Call = Callable[[], object]
 
 
 @dataclass
 class Timed:
-    """What the turns of one kind took: ms of every call of every turn, and the peak device memory (None on a CPU)."""
+    """What the turns under one name took: ms of every call of every turn, and the peak device memory (None on a CPU)."""
 
     ms: list[list[float]] = field(default_factory=list)
     peak_bytes: int | None = None
 
 
 def interleave(turns: Mapping[str, Callable[[], Sequence[Call]]], rounds: int, warmup: int = 0) -> dict[str, Timed]:
-    """Let the kinds take turns (A B C A B C ...), so that a clock that drifts meets all of them alike.
+    """Take the turns one after the other, again and again (A B C A B C ...), so that a clock that drifts meets all alike.
 
-    turns: by kind, what makes ready and returns the calls to time. warmup: rounds before the first that counts.
+    turns: by name, a function that prepares the calls to time and returns them. warmup: rounds before the first that counts.
     """
-    timed = {kind: Timed() for kind in turns}
+    timed = {name: Timed() for name in turns}
     for number in range(warmup + rounds):
-        for kind, prepare in turns.items():
+        for name, prepare in turns.items():
             ms, peak = time_calls(prepare())
             if number >= warmup:
-                timed[kind].ms.append(ms)
-                timed[kind].peak_bytes = None if peak is None else max(peak, timed[kind].peak_bytes or 0)
+                timed[name].ms.append(ms)
+                timed[name].peak_bytes = None if peak is None else max(peak, timed[name].peak_bytes or 0)
     return timed
 
 
 def time_calls(calls: Sequence[Call]) -> tuple[list[float], int | None]:
     """Make the calls one after the other: ms of each, and the peak device memory in bytes (None on a CPU).
 
-    A device is not waited for in between, as in training: events mark where each call's work ends. Only the first call finds
-    the device idle.
+    Nothing waits for the device in between, as in training: events mark where each call's work ends. Only the first call
+    finds the device idle.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -88,23 +89,49 @@ def release_memory() -> None:
     get_accelerator().empty_cache()
 
 
-@dataclass
-class Probe:
-    """Medians over the timed steps, in ms and bytes. "dense" is our own dense step; "huggingface" the untouched model."""
+def start_engine(model: nn.Module, settings: Mapping[str, Any]) -> Any:
+    """The real engine around a converted model (or a pipeline), for timing: it writes no file and skips no step.
 
-    step_ms: dict[str, float] = field(default_factory=dict)
-    """Time of one whole optimizer step by kind: accumulation steps x micro-batch + update."""
+    settings: DeepSpeed's. The engine uses the model up.
+    """
+    left_out = ("sctd", "tensorboard", "wandb", "csv_monitor", "comet")  # the model is converted, and no monitor hears of it
+    config = {key: value for key, value in settings.items() if key not in left_out}
+    if config.get("fp16", {}).get("enabled"):
+        # A dynamic scale starts with overflows, and a skipped update is not the one to time.
+        config["fp16"] = {"enabled": True, "loss_scale": 128.0}
+    engine, *_ = initialize(model=model, model_parameters=model.parameters(), config=config)
+    return engine
+
+
+def choose_step(engine: Any, mode: Mode, untouched: bool = False) -> None:
+    """Make the coming steps of a data-parallel engine those of `mode`.
+
+    untouched: under DeepSpeed's own engine, for a model whose own forward was put back. (Ours extends that engine without
+    construction of its own.)
+    """
+    engine.__class__ = DeepSpeedEngine if untouched else ScTDEngine
+    engine.forced_mode = mode
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Medians over the timed steps, in ms and bytes, by mode; "huggingface" is the untouched model."""
+
+    step_ms: dict[str, float]
+    """One whole optimizer step: accumulation steps x micro-batch + update."""
     micro_ms: dict[str, list[float]] = field(default_factory=dict)
-    """Forward and backward of one micro-batch by kind, every timed repetition."""
+    """Forward and backward of one micro-batch, every timed repetition."""
     update_ms: float | None = None
     """Optimizer update, the table's included; not measured by itself in a pipeline."""
     bubble_share: dict[str, float] = field(default_factory=dict)
-    """In a pipeline, by kind: the share of a step that the average rank spends outside of forward and backward passes."""
+    """In a pipeline: the share of a step that the average rank spends outside of forward and backward passes."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
-    """Peak device memory by kind; empty on a CPU."""
+    """Peak device memory; empty on a CPU."""
 
-    def time_saved(self, run: RunConfig, against: str = "dense") -> float:
-        """Fraction of the baseline's step time that the method's average step saves."""
+    def time_saved(self, run: RunConfig, against: str = "dense") -> float | None:
+        """Share of the baseline's step time that the method's average step saves; None where the baseline was not timed."""
+        if against not in self.step_ms:
+            return None
         return 1 - mean_cost(run.sctd, self.step_ms) / self.step_ms[against]
 
     def to_json(self) -> dict[str, Any]:
@@ -112,80 +139,74 @@ class Probe:
 
 
 def measure(model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int) -> Probe:
-    """Time each kind of step `repeats` times after a warm-up, interleaved, with the run's real engine.
+    """Time a step of each mode `repeats` times after a warm-up, interleaved, with the run's real engine.
 
     model: converted, not yet given to DeepSpeed; neither it nor any random state changes. Every rank calls.
     """
-    kinds = ["dense"] if run.sctd.method == "dense" else ["dense", "drop"]
-    kinds += ["align"] if run.sctd.method == "sctd" else []
     before = random_state()
-    measure_kinds = _measure_pipeline if run.pretrain.stages > 1 else _measure_parts
-    probe = measure_kinds(copy.deepcopy(model), run, batches, repeats, kinds)
+    measure_steps = _measure_pipeline if run.pretrain.stages > 1 else _measure_data_parallel
+    probe = measure_steps(copy.deepcopy(model), run, batches, repeats)
     release_memory()
     set_random_state(before)
     return probe
 
 
-def _measure_parts(
-    model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int, kinds: list[str]
-) -> Probe:
-    """Micro-batch and update by themselves, of which a step is made. Uses `model` up."""
-    engine, *_ = initialize(model=model, model_parameters=model.parameters(), config=_settings(run))
-    plain, ours = types.MethodType(type(model).forward, model), model.forward
+def _measure_data_parallel(model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int) -> Probe:
+    """Time micro-batch and update by themselves, of which a step consists."""
+    engine = start_engine(model, _settings(run, accumulation=1))
+    converted, plain = model.forward, types.MethodType(type(model).forward, model)
 
-    def turn(kind: str) -> list[Call]:
+    def turn(mode: Mode, untouched: bool = False) -> list[Call]:
         batch = {key: value.to(engine.device) for key, value in next(batches).items()}
-        model.forward, engine.forced_mode = (plain, "dense") if kind == HUGGING_FACE else (ours, kind)
+        model.forward = plain if untouched else converted
+        choose_step(engine, mode, untouched)
         return [lambda: engine.backward(engine(**batch).loss), engine.step]
 
-    timed = interleave({kind: partial(turn, kind) for kind in [*kinds, HUGGING_FACE]}, repeats, WARMUP)
+    turns: dict[str, Callable[[], list[Call]]] = {mode: partial(turn, mode) for mode in modes(run.sctd)}
+    turns[HUGGING_FACE] = partial(turn, "dense", untouched=True)
+    timed = interleave(turns, repeats, WARMUP)
     engine.destroy()
-    micro_ms = {kind: [micro for micro, _ in each.ms] for kind, each in timed.items()}
-    update_ms = statistics.median(update for each in timed.values() for _, update in each.ms)
-    step_ms = {kind: run.accumulation * statistics.median(ms) + update_ms for kind, ms in micro_ms.items()}
+    micro_ms = {name: [micro for micro, _ in each.ms] for name, each in timed.items()}
+    update_ms = statistics.median(update for mode in modes(run.sctd) for _, update in timed[mode].ms)
+    plain_update_ms = statistics.median(update for _, update in timed[HUGGING_FACE].ms)
+    step_ms: dict[str, float] = {}
+    for name, ms in micro_ms.items():
+        update = plain_update_ms if name == HUGGING_FACE else update_ms
+        step_ms[name] = run.accumulation * statistics.median(ms) + update
     return Probe(step_ms, micro_ms, update_ms, peak_bytes=_peaks(timed))
 
 
-def _measure_pipeline(
-    model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int, kinds: list[str]
-) -> Probe:
-    """Whole steps: micro-batches overlap in a pipeline, so one alone says nothing. Uses `model` up."""
+def _measure_pipeline(model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int) -> Probe:
+    """Time whole steps: micro-batches overlap in a pipeline, so one alone says nothing."""
     pipeline = Pipeline(model, stages=run.pretrain.stages, length=run.pretrain.seq_length)
-    engine, *_ = initialize(model=pipeline, model_parameters=pipeline.parameters(), config=_settings(run, run.accumulation))
+    engine = start_engine(pipeline, _settings(run, run.accumulation))
     engine.time_work = True
-    work_ms: dict[str, list[float]] = {kind: [] for kind in kinds}
+    work_ms: dict[str, list[float]] = {mode: [] for mode in modes(run.sctd)}
 
-    def step(kind: str) -> None:
+    def step(mode: Mode) -> None:
         engine.train_batch(batches)
-        work_ms[kind].append(engine.work_seconds * 1e3)
+        work_ms[mode].append(engine.work_seconds * 1e3)
 
-    def turn(kind: str) -> list[Call]:
-        engine.forced_mode, engine.work_seconds = kind, 0.0
-        return [partial(step, kind)]
+    def turn(mode: Mode) -> list[Call]:
+        engine.forced_mode, engine.work_seconds = mode, 0.0
+        return [partial(step, mode)]
 
-    timed = interleave({kind: partial(turn, kind) for kind in kinds}, repeats, WARMUP)
-    probe = Probe(peak_bytes=_peaks(timed))
-    for kind, each in timed.items():
-        probe.step_ms[kind] = statistics.median(ms for (ms,) in each.ms)
-        work = torch.tensor(statistics.median(work_ms[kind][WARMUP:]), device=engine.device)
+    timed = interleave({mode: partial(turn, mode) for mode in modes(run.sctd)}, repeats, WARMUP)
+    step_ms, bubble_share = {}, {}
+    for mode, each in timed.items():
+        step_ms[mode] = statistics.median(ms for (ms,) in each.ms)
+        work = torch.tensor(statistics.median(work_ms[mode][WARMUP:]), device=engine.device)
         dist.all_reduce(work)
-        probe.bubble_share[kind] = 1 - work.item() / run.ranks / probe.step_ms[kind]
+        bubble_share[mode] = 1 - work.item() / run.ranks / step_ms[mode]
     engine.destroy()
-    return probe
+    return Probe(step_ms, bubble_share=bubble_share, peak_bytes=_peaks(timed))
 
 
 def _peaks(timed: Mapping[str, Timed]) -> dict[str, int]:
-    return {kind: each.peak_bytes for kind, each in timed.items() if each.peak_bytes is not None}
+    return {name: each.peak_bytes for name, each in timed.items() if each.peak_bytes is not None}
 
 
-def _settings(run: RunConfig, accumulation: int = 1) -> dict[str, Any]:
-    """The run's DeepSpeed settings for `accumulation` micro-batches per step, and without files or skipped steps."""
-    settings = copy.deepcopy(run.deepspeed)
-    settings.pop("sctd", None)  # the model is converted
-    settings["gradient_accumulation_steps"] = accumulation
-    settings["train_batch_size"] = run.micro_batch * accumulation * run.world_size
-    for monitor in ("tensorboard", "wandb", "csv_monitor", "comet"):
-        settings.pop(monitor, None)
-    if settings.get("fp16", {}).get("enabled"):
-        settings["fp16"] = STATIC_FP16
-    return settings
+def _settings(run: RunConfig, accumulation: int) -> dict[str, Any]:
+    """The run's DeepSpeed settings for `accumulation` micro-batches per step."""
+    batch = run.micro_batch * accumulation * run.world_size
+    return {**copy.deepcopy(run.deepspeed), "gradient_accumulation_steps": accumulation, "train_batch_size": batch}

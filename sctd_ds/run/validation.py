@@ -1,4 +1,4 @@
-"""How good the model is, and how far the dropped pass has drifted from the full one: the paper's semantic loss, live."""
+"""How good the model is, and how far the dropped pass has drifted from the full one (the paper's semantic loss)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from sctd_ds.method import passes
 from sctd_ds.method.convert import state_of
 from sctd_ds.method.objective import token_losses
 from sctd_ds.method.passes import Streams
+from sctd_ds.method.schedule import Mode
 from sctd_ds.method.state import ScTD
 
 
 @torch.no_grad()
 def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Compare the full and the dropped pass without dropout, over all ranks. The model comes back in its former mode.
+    """Compare the full and the dropped pass without dropout, over all ranks. The model stays in training or evaluation.
 
-    Returns "loss_full" (masked-LM loss of the exported model) and, when the method drops tokens, "loss_drop", "gap" (their
-    difference), and for the [CLS] state at layers l and l-1 the mean KL ("kl_last", "kl_previous") and cosine
-    ("cosine_last", "cosine_previous") between the passes.
+    batches: this rank's micro-batches on any device; all ranks call, and all stages of a pipeline pass the same ones.
+    Returns the validation metrics: "loss_full" (masked-LM loss of the exported model, in nats per labelled token) and, when
+    the method drops tokens, "loss_drop", "gap" (their difference), and for the [CLS] state at layers l and l-1 the mean KL
+    ("kl_last", "kl_previous") and cosine ("cosine_last", "cosine_previous") between the passes.
     """
     model = getattr(engine_or_model, "module", engine_or_model)
     state = state_of(model)
@@ -38,23 +40,24 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
         for name, value in _measure(state, streams).items():
             sums[name] += value.double()
 
-    # The random policy draws numbers; training must not notice.
+    # The random policy draws numbers, which must not change the random state of training.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        if hasattr(engine_or_model, "evaluate"):  # a pipeline's stages work together
+        if hasattr(engine_or_model, "evaluate"):  # a pipeline, whose stages work together
             engine_or_model.evaluate(batches, visit)
         else:
+            mode: Mode = "align" if state.plan.drops else "dense"
             training = model.training
             model.eval()
             for raw in batches:
                 batch = state.adapter.batch((), {key: value.to(device) for key, value in raw.items()})
-                visit(passes.run(state, batch, "align" if state.plan.drops else "dense"))
+                visit(passes.run(state, batch, mode))
             model.train(training)
     return _means(sums)
 
 
 def _measure(state: ScTD, streams: Streams) -> dict[str, Tensor]:
-    """Sums over one micro-batch."""
-    adapter, labelled, full, dropped = state.adapter, streams.labelled, streams.full_pass, streams.dropped_pass
+    """Sums over one micro-batch: losses over labelled tokens, the others over rows; each a tensor of one number."""
+    labelled, full, dropped = streams.labelled, streams.full_pass, streams.dropped_pass
     assert labelled is not None and full is not None
     sums = {
         "labels": labelled.count,
@@ -64,18 +67,16 @@ def _measure(state: ScTD, streams: Streams) -> dict[str, Tensor]:
     if dropped is None:
         return sums
     sums["loss_drop"] = token_losses(state, dropped, labelled).sum()
-    for name, teacher, student in (
-        ("last", full.last[:, 0], dropped.last[:, 0]),
-        ("previous", full.previous[:, 0], dropped.previous[:, 0]),
-    ):
-        teacher, student = adapter.final_norm(teacher), adapter.final_norm(student)
+    norm = state.adapter.final_norm
+    for name in ("last", "previous"):
+        teacher, student = norm(getattr(full, name)[:, 0]), norm(getattr(dropped, name)[:, 0])
         sums[f"kl_{name}"] = sctd_kernels.softmax_kl(teacher, student).sum()
         sums[f"cosine_{name}"] = F.cosine_similarity(teacher.float(), student.float()).sum()
     return sums
 
 
 def _means(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Sums of all ranks divided by their counts. Every rank has the same names, also one without a batch."""
+    """Sums of all ranks divided by their counts. Every rank passes the same names, even one without a batch."""
     total = torch.stack(list(sums.values()))
     if dist.is_initialized():
         dist.all_reduce(total)

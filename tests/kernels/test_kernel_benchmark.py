@@ -12,6 +12,7 @@ from kernel_support import DEVICE, clean_slate  # noqa: F401
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are run from the repository, never installed
 
 from benchmarks import harness, kernels
+from sctd_ds.run import environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")
 
@@ -23,7 +24,7 @@ CASES = {
         *kernels.index_cases(2, 12),
     )
 }
-ENVIRONMENT = harness.Environment("Some GPU 80GB", "abc", "2", "3", "13", "3.12", "2026-01-01")
+ENVIRONMENT = environment.Environment("Some GPU 80GB", "abc", "2", "3", "13", "3.12", "2026-01-01")
 
 
 def inputs_of(case):
@@ -109,7 +110,7 @@ def test_without_a_gpu_nothing_is_claimed(capsys):
 
 def test_commit_can_be_given(monkeypatch):
     monkeypatch.setenv("SCTD_COMMIT", "1234567")
-    assert harness.commit() == "1234567"
+    assert environment.commit() == "1234567"
 
 
 def test_small_cases_use_many_sets_of_inputs():

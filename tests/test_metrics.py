@@ -1,0 +1,164 @@
+"""The table of metrics, what reads it, and what is recorded about a run's device and code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+
+import pytest
+from conftest import settings
+from matplotlib.figure import Figure
+
+from sctd_ds.method.flops import Shape
+from sctd_ds.method.objective import PARTS
+from sctd_ds.run import environment, job, metrics, report
+from sctd_ds.run.metrics import METRICS, Metric, Metrics
+from sctd_ds.run.probe import Probe
+
+VALUES = {"loss": 6.25, "lr": 1e-3, "step_ms": 250.0, "loss_scale": None, "skipped_steps": 0}
+SHAPE = Shape(layers=4, hidden=32, intermediate=64, vocabulary=300, length=32, labels=4)
+
+
+class Monitor:
+    """DeepSpeed's monitor, as far as it is used."""
+
+    enabled = True
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, float, int]] = []
+
+    def write_events(self, events) -> None:
+        self.events += events
+
+
+def record(folder, monitor=None, *, steps=(1, 2), keep=False, rank=0, **values):
+    with Metrics(folder, start=steps[0] - 1, total=steps[-1], every=2, keep=keep, monitor=monitor, rank=rank) as recorded:
+        for step in steps:
+            recorded.train(step, "drop", {**VALUES, **values}, samples=8 * step)
+        recorded.validation(steps[-1], {"loss_full": 5.5}, samples=8 * steps[-1])
+    return metrics.read(folder / "metrics.jsonl")
+
+
+def test_a_line_in_the_table_brings_a_metric_into_every_output(tmp_path, monkeypatch, caplog):
+    """metrics.jsonl, monitor, log line, report text and figure."""
+    new = Metric("heat", "device heat", "{:.1f} C", shown="mean", drawn=True)
+    monkeypatch.setitem(METRICS, "train", (*METRICS["train"], new))
+    monitor, figures = Monitor(), []
+    with caplog.at_level("INFO"):
+        records = record(tmp_path, monitor, heat=40.0)
+    assert [r["heat"] for r in records if r["event"] == "train"] == [40.0, 40.0]
+    assert ("Train/heat", 40.0, 16) in monitor.events
+    assert "device heat 40.0 C" in caplog.text
+    assert metrics.text("train", {"heat": 41.0}, {"heat": 39.5}) == "device heat 39.5 C -> 41.0 C"
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    report.plot(report.build(job.load(settings()), SHAPE, None, records), records, tmp_path / "report.png")
+    curves = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[0].lines}
+    assert curves["train: device heat"] == [40.0, 40.0]
+    assert curves["train: loss"] == [6.25, 6.25] and curves["validation: loss"] == [5.5]
+
+
+def test_a_metric_without_a_line_is_refused_on_every_rank(tmp_path):
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match=r'"heat" is not in sctd_ds.run.metrics.METRICS\["train"\]'):
+            record(tmp_path, rank=rank, heat=40.0)
+
+
+def test_monitors_get_what_the_table_says_and_no_missing_value(tmp_path):
+    monitor = Monitor()
+    record(tmp_path, monitor, steps=(1,))
+    trained = [("Train/loss", 6.25, 8), ("Train/step_ms", 250.0, 8), ("Train/lr", 1e-3, 8)]
+    assert monitor.events == [*trained, ("Validation/loss_full", 5.5, 8)]
+    monitor.enabled = False
+    record(tmp_path, monitor, steps=(1,))
+    assert len(monitor.events) == 4
+
+
+def test_a_log_line_has_means_and_last_values(tmp_path, caplog):
+    with caplog.at_level("INFO"), Metrics(tmp_path, start=0, total=10, every=2, keep=False, monitor=None, rank=0) as recorded:
+        recorded.train(1, "drop", {"loss": 6.0, "lr": 1e-3, "step_ms": 100.0}, samples=8)
+        assert "step 1/10" not in caplog.text
+        recorded.train(2, "drop", {"loss": 5.0, "lr": 2e-3, "step_ms": 300.0}, samples=16)
+    assert "step 2/10: loss 5.500, ms per step 200, lr 2.00e-03, about 0 min 01 s left" in caplog.text
+
+
+def test_a_run_of_an_earlier_version_continues_its_records(tmp_path):
+    """Earlier versions wrote "kind" for the mode; records of steps that are taken again and a torn last line disappear."""
+    old = [{"event": "train", "step": step, "kind": "align", "loss": 1.0} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in old) + '{"event": "tr')
+    records = record(tmp_path, steps=(3, 4), keep=True)
+    train = metrics.of("train", records)
+    assert [(r["step"], r["mode"]) for r in train] == [(1, "align"), (2, "align"), (3, "drop"), (4, "drop")]
+    assert "kind" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_report_json_keeps_its_keys(tmp_path):
+    """Other people's scripts read them."""
+    probe = Probe(step_ms={"dense": 4.0, "drop": 3.0, "align": 5.0}, bubble_share={"dense": 0.1})
+    run = job.load(settings())
+    written = json.loads(json.dumps(report.build(run, SHAPE, probe, record(tmp_path)).to_json()))
+    wanted = """name method steps loss trained_model validation validation_before flops_saved flops_per_sequence
+    kept_token_share run_step_ms samples_per_s tokens_per_s time_saved time_saved_against_huggingface step_ms mfu
+    peak_memory_bytes environment ranks stages micro_batches bubble_share global_batch seq_length probe"""
+    assert set(wanted.split()) == written.keys()
+    about = "device python torch triton deepspeed transformers datasets sctd_ds commit cuda date"
+    assert set(about.split()) == written["environment"].keys()
+    assert written["loss"] == {"first": 6.25, "last": 6.25} and written["validation"]["loss_full"] == 5.5
+    assert written["samples_per_s"] == 8 / 0.25 and written["tokens_per_s"] == 32 * 8 / 0.25
+    assert written["time_saved"] == pytest.approx(1 - (0.75 * 3 + 0.25 * 5) / 4)
+    assert written["time_saved_against_huggingface"] is None  # not timed
+
+
+def test_speed_against_the_peak_counts_the_operations_of_the_steps_taken(tmp_path, monkeypatch):
+    run = job.load(settings())
+    records = record(tmp_path)
+    monkeypatch.setattr(environment, "PEAK_FLOPS", {})
+    assert report.build(run, SHAPE, None, records).mfu is None
+    monkeypatch.setattr(environment, "PEAK_FLOPS", {"": 1e9})
+    found = report.build(run, SHAPE, None, records)
+    assert found.mfu == pytest.approx(found.flops_per_sequence["drop"] * 8 / 0.25 / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("CPU x86_64", None)],
+)
+def test_peaks_are_those_of_the_whole_name(device, peak):
+    assert environment.peak_flops(device) == peak
+
+
+@pytest.fixture
+def no_commit_given(monkeypatch):
+    monkeypatch.delenv("SCTD_COMMIT", raising=False)
+
+
+def test_a_machine_without_git_has_an_unknown_commit(no_commit_given, monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "_ROOT", tmp_path)
+    (tmp_path / ".git").mkdir()
+    assert environment.commit() == "unknown"  # git finds no repository there
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.commit() == "unknown"
+    assert environment.Environment.collect().commit == "unknown"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="makes a repository; CI has git")
+def test_the_commit_is_this_code_s_and_not_that_of_a_repository_around_it(no_commit_given, monkeypatch, tmp_path):
+    package = tmp_path / "site-packages"
+    package.mkdir()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "m"], check=True)
+    monkeypatch.setattr(environment, "_ROOT", package)
+    assert environment.commit() == "unknown"
+    monkeypatch.setattr(environment, "_ROOT", tmp_path)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    assert environment.commit() != "unknown" and head.startswith(environment.commit())
+
+
+def test_packages_that_are_not_installed_are_unknown():
+    found = environment.versions("torch", "no-such-package-of-ours")
+    assert found["torch"][0].isdigit() and found["no-such-package-of-ours"] == "unknown"
+
+
+def test_every_part_of_the_objective_is_in_the_table():
+    assert set(PARTS) <= {metric.name for metric in METRICS["train"]}
