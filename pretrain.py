@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from deepspeed.utils import logger as deepspeed_logger
 
 import sctd_ds
 from sctd_ds import data
-from sctd_ds.config import ConfigError
+from sctd_ds.config import ConfigError, Method
 from sctd_ds.engine import checkpoint, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.ranks import init_distributed
@@ -60,7 +60,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add, repeat = parser.add_argument, {"action": "append", "default": []}
     add("--deepspeed_config", required=True, metavar="FILE", help="the run's JSON file")
     add("--data", nargs="+", metavar="SOURCE", help="built data folder, or raw text: replaces pretrain.data")
-    add("--output", metavar="DIR", help="folder of the run: replaces pretrain.output (runs/NAME)")
+    add("--output", metavar="DIR", help="folder of the run; otherwise runs/NAME, or runs/NAME_METHOD with --method")
+    add("--method", choices=get_args(Method), help="train with this method, whichever the file names")
     add("--resume", choices=("auto", "must", "never"), default="auto", help=RESUME)
     change = "change one key of the file, dotted: sctd.interval=20; repeatable"
     add("--set", **repeat, metavar="KEY=VALUE", dest="overrides", help=change)
@@ -80,13 +81,13 @@ def main(argv: list[str] | None = None) -> int:
     rank, world = dist.get_rank(), dist.get_world_size()
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    run = ranks.on_all(lambda: job.load(arguments.deepspeed_config, arguments.overrides, world))
+    run = ranks.on_all(lambda: job.load(arguments.deepspeed_config, arguments.overrides, world, arguments.method))
     for note in run.notes:
         logger.info("%s", note)
     options = run.pretrain
     if options.deterministic:
         job.be_deterministic()
-    folder = Path(arguments.output or options.output.format(name=run.name))
+    folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
     found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not arguments.dry_run)
     origin = found or arguments.start_from
 
@@ -109,7 +110,8 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.stages > 1:
         model = Pipeline(model, stages=options.stages, length=options.seq_length)
-    engine, *_ = sctd_ds.initialize(model=model, model_parameters=model.parameters(), config=run.deepspeed)
+    optimizer = models.build_optimizer(run, model)
+    engine, *_ = sctd_ds.initialize(model=model, optimizer=optimizer, model_parameters=model.parameters(), config=run.deepspeed)
     # Ranks start from the same weights and go on with dropout of their own.
     torch.manual_seed(options.seed + 1 + rank)
     if origin:

@@ -446,7 +446,7 @@ def _changed_config(folder: Path, **changes: object) -> None:
     ("damage", "message"),
     [
         (lambda model: shutil.rmtree(model), "neither a preset nor a trained model that can be loaded"),
-        (lambda model: DistilBertConfig().save_pretrained(model), 'of type "distilbert"; pretrain.py goes on from bert,'),
+        (lambda model: DistilBertConfig().save_pretrained(model), 'of type "distilbert"; pretrain.py continues from bert,'),
         (lambda model: _changed_config(model, is_decoder=True), "a decoder"),
         (lambda model: _changed_config(model, num_hidden_layers=3), "at least 4"),
         (lambda model: _changed_config(model, num_hidden_layers=5), "its weights lack bert.encoder.layer.4"),

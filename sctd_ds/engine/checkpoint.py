@@ -24,7 +24,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
-from sctd_ds import config as configuration
+from sctd_ds.config import MAY_DIFFER_ON_RESUME, MAY_DIFFER_ON_START, differences
 from sctd_ds.engine import ranks
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,6 @@ _SHARD = re.compile(r"zero_pp_rank_(\d+)_(mp_rank_\d+)_optim_states\.pt$")
 _PARTIAL = "partial-"
 _MANIFEST = "manifest.json"
 _SETTINGS = "settings.json"
-
-
-LAYOUT_KEYS = (
-    "pretrain.stages", "zero_optimization", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "sctd.recompute_align", "sctd.last_layer",
-)  # fmt: skip
-"""Settings that spread the same training differently; `start` accepts other values of them."""
 
 
 class CheckpointError(RuntimeError):
@@ -110,9 +103,8 @@ def check(
             f"{checkpoint} was written by {stored['world_size']} ranks, this run has {dist.get_world_size()}: ZeRO keeps one "
             "share of the optimizer per rank. Start with the same number of ranks, or use another --output and --start-from"
         )
-    changed = configuration.differences(
-        stored["settings"], json.loads(json.dumps(settings)), (*allow_change, *(LAYOUT_KEYS if other_layout else ()))
-    )
+    may_differ = MAY_DIFFER_ON_START if other_layout else MAY_DIFFER_ON_RESUME
+    changed = differences(stored["settings"], json.loads(json.dumps(settings)), may_differ | set(allow_change))
     if changed:
         raise CheckpointError(
             f"{checkpoint} was trained with other settings:\n  "

@@ -25,6 +25,7 @@ from sctd_ds.engine.initialize import initialize
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.random_state import random_state, set_random_state
 from sctd_ds.method.schedule import mean_cost
+from sctd_ds.run.models import build_optimizer
 from sctd_ds.run.settings import RunConfig
 
 WARMUP = 2
@@ -130,7 +131,8 @@ def _measure_parts(
     model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int, kinds: list[str]
 ) -> Probe:
     """Micro-batch and update by themselves, of which a step is made. Uses `model` up."""
-    engine, *_ = initialize(model=model, model_parameters=model.parameters(), config=_settings(run))
+    optimizer = build_optimizer(run, model)
+    engine, *_ = initialize(model=model, optimizer=optimizer, model_parameters=model.parameters(), config=_settings(run))
     plain, ours = types.MethodType(type(model).forward, model), model.forward
 
     def turn(kind: str) -> list[Call]:
@@ -151,7 +153,8 @@ def _measure_pipeline(
 ) -> Probe:
     """Whole steps: micro-batches overlap in a pipeline, so one alone says nothing. Uses `model` up."""
     pipeline = Pipeline(model, stages=run.pretrain.stages, length=run.pretrain.seq_length)
-    engine, *_ = initialize(model=pipeline, model_parameters=pipeline.parameters(), config=_settings(run, run.accumulation))
+    settings, optimizer = _settings(run, run.accumulation), build_optimizer(run, pipeline)
+    engine, *_ = initialize(model=pipeline, optimizer=optimizer, model_parameters=pipeline.parameters(), config=settings)
     engine.time_work = True
     work_ms: dict[str, list[float]] = {kind: [] for kind in kinds}
 
