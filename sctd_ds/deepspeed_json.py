@@ -8,6 +8,7 @@ DeepSpeed itself skips an unknown top-level key without a word; here an unknown 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import json
@@ -51,7 +52,7 @@ class Finding:
         return f"{self.why}; {self.remedy}"
 
 
-def check(raw: Block, pipeline: bool = False) -> None:
+def check(raw: Block, pipeline: bool | None = None) -> None:
     """ConfigError with the first finding that refuses. Arguments as for `diagnose`."""
     refusing = [finding for finding in diagnose(raw, pipeline) if finding.kind in REFUSING]
     if len(refusing) > 1:
@@ -60,14 +61,14 @@ def check(raw: Block, pipeline: bool = False) -> None:
         raise ConfigError(str(refusing[0]))
 
 
-def diagnose(raw: Block, pipeline: bool = False) -> list[Finding]:
+def diagnose(raw: Block, pipeline: bool | None = None) -> list[Finding]:
     """All that stands between this configuration and a run with token dropping, in the order of the file's keys.
 
-    raw: as in the file; with a "pretrain" block it is a file of pretrain.py. pipeline: the model is a pipeline, as
-    pretrain.stages says, too.
+    raw: as in the file; with a "pretrain" block it is a file of pretrain.py. pipeline: whether the model is a pipeline; None:
+    as the file says.
     """
-    stages = _block(raw, "pretrain").get("stages", 1)
-    pipeline = pipeline or (isinstance(stages, int) and stages > 1)
+    if pipeline is None:
+        pipeline = _wants_pipeline(raw)
     found = [
         *_removed(raw),
         *_unknown_keys(raw, "", DEEPSPEED_KEYS | {"sctd", "pretrain"}),
@@ -89,16 +90,15 @@ def diagnose(raw: Block, pipeline: bool = False) -> list[Finding]:
 
 def repair(raw: Block) -> tuple[Block, list[Finding]]:
     """A repaired copy, and what is still wrong with it and needs a decision."""
-    config = json.loads(json.dumps(raw))
+    config = copy.deepcopy(raw)
     # A repair can uncover another finding (a renamed key, whose block is then looked into), so until nothing changes.
     while True:
-        found = diagnose(config)
-        left = [finding for finding in found if finding.repair is None]
-        if len(left) == len(found):
-            return config, left
+        before, found = copy.deepcopy(config), diagnose(config)
         for finding in found:
             if finding.repair is not None:
                 finding.repair(config)
+        if config == before:
+            return config, found
 
 
 def check_layout(zero_stage: int, sequence_parallel_size: int = 1, pipeline: bool = False) -> None:
@@ -176,9 +176,8 @@ def _removing(path: str) -> Repair:
     return lambda config: _block(config, *blocks).pop(key, None)
 
 
-def _setting(path: str, value: object) -> Repair:
-    *blocks, key = path.split(".")
-    return lambda config: _block(config, *blocks).update({key: value})
+def _setting(key: str, value: object) -> Repair:
+    return lambda config: config.update({key: value})
 
 
 def _renaming(path: str, name: str) -> Repair:
@@ -379,19 +378,31 @@ def _layout(stage: int, sequence_parallel_size: int, pipeline: bool) -> Iterator
             f"{path}={stage} with a pipeline: DeepSpeed has no pipeline with 2 and 3, and with 0 clips by the gradients of the "
             "first stage alone"
         )
-        yield Finding("conflict", path, why, "use 1", _setting("zero_optimization", {"stage": 1}))
+        yield Finding("conflict", path, why, "use 1", _using_zero(1))
     elif stage == 3:
         why = f"{path}=3 is not supported: both passes of an align step would gather every parameter twice"
-        yield Finding("conflict", path, why, "use stage 2", _leave_zero_3)
+        yield Finding("conflict", path, why, "use stage 2", _using_zero(2))
     if sequence_parallel_size != 1:
         path = "sequence_parallel_size"
         why = f"{path}={sequence_parallel_size}: tokens are chosen from whole rows, but it splits rows over ranks"
         yield Finding("conflict", path, why, "use data parallelism", _removing(path))
 
 
-def _leave_zero_3(config: Block) -> None:
-    config["zero_optimization"]["stage"] = 2
-    config["zero_optimization"].pop("offload_param", None)
+def _using_zero(stage: int) -> Repair:
+    def change(config: Block) -> None:
+        block = _block(config, "zero_optimization")
+        block.pop("offload_param", None)  # of ZeRO-3 alone
+        config["zero_optimization"] = {**block, "stage": stage}
+
+    return change
+
+
+def _wants_pipeline(raw: Block) -> bool:
+    """Whether the model is a pipeline, as far as the file says: pretrain.py's by its stages, others by DeepSpeed's block."""
+    if "pretrain" not in raw:
+        return bool(raw.get("pipeline"))
+    stages = _block(raw, "pretrain").get("stages", 1)
+    return isinstance(stages, int) and stages > 1
 
 
 def _pipeline_block(raw: Block, pipeline: bool) -> Iterator[Finding]:

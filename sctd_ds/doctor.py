@@ -23,7 +23,8 @@ def examine(path: Path, write: bool) -> bool:
     """Report on one file, and write its repaired copy if asked to. Returns whether nothing is left to do by hand."""
     raw, _ = read_json(path)
     found = diagnose(raw)
-    print(f"{path}: {f'{len(found)} to do' if found else 'ready for sctd_ds.initialize'}")
+    reader = "pretrain.py" if "pretrain" in raw else "sctd_ds.initialize"
+    print(f"{path}: {f'{len(found)} to do' if found else f'ready for {reader}'}")
     for finding in found:
         print(_lines(finding))
     if not write:

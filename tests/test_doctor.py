@@ -106,6 +106,11 @@ CASES = {
         [("refused", "optimizer.params.weigth_decay")],
         {"optimizer": {"type": "Adam", "params": {"lr": 1e-3, "weight_decay": 0.1}}},
     ),
+    "a pipeline with ZeRO-2": (
+        {"pipeline": {"partition": "uniform"}, "zero_optimization": {"stage": 2, "overlap_comm": True}},
+        [("conflict", "zero_optimization.stage")],
+        {"zero_optimization": {"stage": 1, "overlap_comm": True}},
+    ),
     "a pipeline that clips by one stage": (
         {"pretrain": {"stages": 2}, "zero_optimization": {"stage": 0}},
         [("conflict", "zero_optimization.stage")],
@@ -165,7 +170,7 @@ def test_what_is_called_ignored_or_deprecated_is_accepted_by_deepspeed(name):
         ({"optimizer": {"type": "Adam", "params": {"lr": "auto"}}}, "optimizer.params.lr", "Trainer"),
         ({"optimizer": {"type": "AdmaW"}}, "optimizer.type", 'did you mean "AdamW"?'),
         ({"optimizer": {"type": "apex.FusedLAMB"}}, "optimizer.type", "initialize(optimizer=...)"),
-        ({"pipeline": {"partition": "type:transformer"}}, "pipeline", "remove it"),
+        ({"pipeline": {"partition": "uniform"}, "pretrain": {}}, "pipeline", "set pretrain.stages"),
         ({"sctd": {"interval": 0}}, "sctd", "correct the value"),
         ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage", "correct the value"),
     ],
@@ -177,8 +182,9 @@ def test_what_needs_a_decision_is_left_to_the_user(blocks, key, words):
     assert [key in finding.key and words in finding.remedy for finding in left] == [True], left
 
 
-def first_that_refuses(raw: dict) -> deepspeed_json.Finding | None:
-    return next((finding for finding in deepspeed_json.diagnose(raw) if finding.kind in deepspeed_json.REFUSING), None)
+def first_that_refuses(raw: dict, pipeline: bool | None = None) -> deepspeed_json.Finding | None:
+    found = deepspeed_json.diagnose(raw, pipeline)
+    return next((finding for finding in found if finding.kind in deepspeed_json.REFUSING), None)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -195,7 +201,7 @@ def test_loading_a_run_raises_the_first_that_refuses(name):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "pretrain" not in case[0]])
 def test_initialize_raises_the_first_that_refuses(name):
     raw = configuration(CASES[name][0])
-    first = first_that_refuses(raw)
+    first = first_that_refuses(raw, pipeline=False)
     model = nn.Linear(2, 2)  # not one that sctd_ds converts: what is not refused before gets as far as that
     with pytest.raises(ValueError, match="Linear|sctd_config=" if first is None else re.escape(str(first))):
         sctd_ds.initialize(model=model, model_parameters=model.parameters(), config=raw)

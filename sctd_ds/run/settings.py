@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
+
 from sctd_ds.config import BERT_SIZES, Block, ConfigError, PretrainConfig, ScTDConfig, json_block, leaves, read_json
 from sctd_ds.deepspeed_json import check, replicas, zero_stage
 from sctd_ds.integrations import apex
@@ -160,8 +162,6 @@ def _resolve_schedule(config: Block, pretrain: PretrainConfig) -> None:
 
 def _resolve_precision(config: Block) -> tuple[str, ...]:
     """Replace fp16 by bf16 where the device has no fp16; returns what to tell the user."""
-    from deepspeed.accelerator import get_accelerator
-
     accelerator = get_accelerator()
     if not config.get("fp16", {}).get("enabled") or accelerator.is_fp16_supported():
         return ()
