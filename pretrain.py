@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from deepspeed.utils import logger as deepspeed_logger
 
 import sctd_ds
 from sctd_ds import data
-from sctd_ds.config import ConfigError
+from sctd_ds.config import ConfigError, Method
 from sctd_ds.engine import checkpoint, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.ranks import init_distributed
@@ -58,7 +58,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument(
         "--data", nargs="+", metavar="SOURCE", help="a built data folder, or raw text; replaces the file's pretrain.data"
     )
-    run.add_argument("--output", metavar="DIR", help="the run's folder; replaces the file's pretrain.output (runs/NAME)")
+    run.add_argument("--method", choices=get_args(Method), help="train with this method instead of the file's")
+    run.add_argument(
+        "--output", metavar="DIR", help="the run's folder; the default is runs/NAME, or runs/NAME_METHOD with --method"
+    )
     run.add_argument(
         "--dry-run",
         action="store_true",
@@ -102,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     # Configuration
-    run = ranks.on_all(lambda: job.load(arguments.deepspeed_config, arguments.set, world))
+    run = ranks.on_all(lambda: job.load(arguments.deepspeed_config, arguments.set, world, arguments.method))
     options = run.pretrain
     for note in run.notes:
         logger.info("%s", note)
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         job.be_deterministic()
 
     # Checkpoint to start from
-    folder = Path(arguments.output or options.output.format(name=run.name))
+    folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
     found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not arguments.dry_run)
     origin = found or arguments.start_from
 
@@ -138,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     # Engine
     if options.stages > 1:
         model = Pipeline(model, stages=options.stages, length=options.seq_length)
-    engine, *_ = sctd_ds.initialize(model=model, model_parameters=model.parameters(), config=run.deepspeed)
+    optimizer = models.build_optimizer(run, model)  # None: DeepSpeed builds it
+    engine, *_ = sctd_ds.initialize(model=model, optimizer=optimizer, model_parameters=model.parameters(), config=run.deepspeed)
     torch.manual_seed(options.seed + 1 + rank)  # ranks have the same weights, but each has dropout of its own
     if origin:
         position = checkpoint.load(engine, origin) if found else checkpoint.start(engine, origin)

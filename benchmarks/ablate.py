@@ -34,7 +34,7 @@ import sctd_ds
 from benchmarks.ablation_tables import BEGAN, LAYERS, REPORT, Run, Runs, in_order, write
 from benchmarks.harness import ROOT
 from sctd_ds import data
-from sctd_ds.config import ConfigError
+from sctd_ds.config import MAY_DIFFER_IN_TABLE, ConfigError, differences
 from sctd_ds.data.sources import META, documents, identity
 from sctd_ds.eval import EvalError
 from sctd_ds.eval.store import Model, fingerprint
@@ -70,10 +70,6 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "interval": {**_BASELINES, **{f"Fi={fi}": {"sctd.interval": fi} for fi in (5, 10, 20, 50)}},
     "lambda": {**_BASELINES, **{f"lambda={x:g}": {"sctd.kl_weight": x} for x in (0.0, 0.01, 0.05, 0.25, 0.5)}},
 }
-# What runs of one table may differ in: it changes neither what is learned, nor how that is judged, nor the time of a step.
-FREE = frozenset(
-    f"pretrain.{key}" for key in "log_every validation_every save_every keep_last probe_steps output precision".split()
-) | {"steps_per_print", "tensorboard", "wandb", "csv_monitor", "comet", "dump_state", "log_level"}
 CONTENT = " (content)"  # what a key ends in that stands for the content of a file or folder, not for its name
 
 
@@ -177,8 +173,7 @@ def agreed(runs: list[Run], options: argparse.Namespace) -> dict[str, str]:
         behind = contents(options)
     for run, old in before.items():
         new = settings_of(run, options, behind)
-        keys = sorted(key for key in {*old, *new} if not any(key == free or key.startswith(free + ".") for free in FREE))
-        changed = [f"{k}: {old.get(k, 'unset')} -> {new.get(k, 'unset')}" for k in keys if old.get(k) != new.get(k)]
+        changed = differences(old, new, MAY_DIFFER_IN_TABLE)
         if changed:
             raise ConfigError(
                 f"{begun[run].parent}: begun with other settings ({'; '.join(changed)}); such runs cannot stand in one table: "

@@ -1,40 +1,60 @@
-"""One JSON file describes one run: DeepSpeed's own keys, an "sctd" block (the method) and a "pretrain" block (the run).
+"""The schema of a run's own settings: the "sctd" block (the method), the "pretrain" block (the run), and facts about keys.
 
-DeepSpeed ignores a misspelt top-level key without a word. Here an unknown key, wherever it stands, is an error that names
-the nearest known one; "auto" values are resolved or refused; and combinations that cannot work are named before DeepSpeed
-builds anything. All problems raise ConfigError, a ValueError whose text is meant for the user.
+Both blocks stand in the JSON file that DeepSpeed reads, beside DeepSpeed's own keys (`deepspeed_json`). An unknown key is an
+error that names the nearest known one, and so is a key that an earlier version had. All problems raise ConfigError.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-if TYPE_CHECKING:
-    pass
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names the key, the value and the remedy."""
 
 
+Block = dict[str, Any]
+"""A JSON object."""
+Method = Literal["sctd", "token_drop", "dense"]
+
+BERT_SIZES = {
+    "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+}
+"""Presets of `pretrain.model`, as arguments of transformers.BertConfig."""
+
+
 class _Block(BaseModel):
+    """A block of the file. Errors are those of pydantic, as ConfigError and in the words of the file."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    block: ClassVar[str]
+    """Key of the block in the file."""
 
     def __init__(self, **values: Any) -> None:
+        for key in values:
+            removed = REMOVED_KEYS.get(f"{self.block}.{key}")
+            if removed:
+                raise ConfigError(f"{self.block}.{key} was removed: {removed.why}; {removed.remedy}")
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(explain(error, type(self).__name__, type(self).model_fields)) from None
+            raise ConfigError("\n".join(explain(error, self.block, type(self).model_fields).values())) from None
 
 
 class ScTDConfig(_Block):
     """The method: token dropping with semantic-consistent learning (Zhong et al., ACL 2023)."""
 
-    method: Literal["sctd", "token_drop", "dense"] = "sctd"
+    block = "sctd"
+
+    method: Method = "sctd"
     """"sctd" drops tokens and aligns every `interval` steps; "token_drop" never aligns; "dense" is plain BERT."""
     drop_ratio: float = Field(0.5, ge=0.0, lt=1.0)
     """Share of the tokens that skip the middle layers: K = S - floor(S * drop_ratio) are kept."""
@@ -47,11 +67,11 @@ class ScTDConfig(_Block):
     align_schedule: Literal["interval", "spread"] = "interval"
     """"interval": whole steps align (the paper); "spread": in every step the rows r with (r + t) % interval == 0 do."""
     recompute_align: bool = False
-    """In align steps, run the dropped pass's layers again in backward instead of keeping their activations: an align step
-    then fits where a dense step does, for about 7 % more work in these steps."""
+    """Align steps run the dropped pass's layers again in backward instead of keeping their activations. They then need about
+    a dense step's memory, and do about 7 % more work."""
     last_layer: Literal["labelled", "all"] = "labelled"
     """Where the last layer's queries, output and feed-forward run: at the tokens that the loss reads (the labelled ones and
-    [CLS]), or at all. The loss and its gradients are the same, but for which random numbers dropout draws."""
+    [CLS]), or at all. Loss and gradients are the same, except for the random numbers that dropout draws."""
     shared_prefix: bool = True
     """Run layers 1 .. l//2-1 once for both passes of an align step; false: two whole passes, as the paper does."""
     objective: Literal["paper", "released"] = "paper"
@@ -63,28 +83,27 @@ class ScTDConfig(_Block):
     keep_token_ids: list[int] | Literal["auto"] = "auto"
     """Ids that are never dropped before others (UNK, CLS, SEP, MASK); "auto" takes them from the tokenizer."""
     labels_per_row: int | None = Field(None, ge=1)
-    """Upper bound of labelled tokens per row. Set, every shape is static and a step never waits for the device; a row with
-    more labels makes the loss NaN. Unset, each forward reads the largest count back from the device. pretrain.py sets it."""
+    """Upper bound of labelled tokens per row; pretrain.py sets it. With a bound, every shape is static, a step never waits for
+    the device, and a row with more labels makes the loss NaN. Without, each forward reads the largest count from the device."""
 
 
 class PretrainConfig(_Block):
     """The run: model, data, length, logging, saving. Read by pretrain.py only."""
 
+    block = "pretrain"
+
     model: str | dict[str, Any] = "bert-base"
-    """"bert-base", "bert-large", or keyword arguments of transformers.BertConfig: a new BERT, whose vocabulary comes from the
-    tokenizer; `--set pretrain.model.num_hidden_layers=9` changes one argument of either. Any other name is that of a trained
-    masked-LM model with BERT's layers, a Hugging Face folder or a Hub name, to go on from: its weights, its tokenizer and, of
-    a folder that has one, the importance table. Keep the folder while the run lasts: to continue, the run looks into it."""
+    """A new model: "bert-base", "bert-large", or arguments of transformers.BertConfig. Its vocabulary is the tokenizer's, its
+    embedding padded to a multiple of 64 rows; `--set pretrain.model.num_hidden_layers=9` changes one argument of either.
+    Or a trained masked-LM model with BERT's layers to continue from, a Hugging Face folder or a Hub name: its weights, its
+    tokenizer and, where the folder has one, its importance table. A resumed run reads the folder again."""
     data: str | list[str] = "python-docs"
     """A folder made by `python -m sctd_ds.data build`, or raw text: files, folders, a Hub name, "python-docs[:SIZE]"."""
     tokenizer: str | None = None
-    """For raw text: an existing tokenizer (folder or name); unset, that of a trained `model`, or else a WordPiece tokenizer
-    is trained on the text."""
+    """For raw text: an existing tokenizer (folder or name). Unset, it is that of a trained `model`; for a new one, a WordPiece
+    tokenizer is trained on the text."""
     vocab_size: int = Field(30522, ge=100)
     """For raw text without a tokenizer: size of the trained vocabulary."""
-    pad_vocab_to: int = Field(64, ge=1)
-    """A new model's embedding gets a multiple of this many rows, which the matrix units like; ids beyond the tokenizer stay
-    unused. A trained model keeps its own."""
     seq_length: int = Field(512, ge=8)
     """Tokens per row, [CLS] and [SEP] included."""
     steps: int = Field(250_000, ge=1)
@@ -98,13 +117,13 @@ class PretrainConfig(_Block):
     validation_rows: int = Field(512, ge=1)
     """Rows of the validation split used each time."""
     log_every: int = Field(50, ge=1)
-    """A console line every n steps where there is no terminal, and one write of metrics."""
+    """Every n steps: one line on the console where there is no terminal, and one write of metrics."""
     save_every: int = Field(1000, ge=0)
     """Checkpoint every n steps and at the end; 0: at the end only."""
     keep_last: int = Field(2, ge=1)
     """Checkpoints kept; older ones are deleted after a newer one is complete."""
     probe_steps: int = Field(5, ge=0)
-    """Timed steps of each kind at start-up, on a copy of the model, from which the saving is computed; 0: not measured."""
+    """Timed steps of each mode at start-up, on a copy of the model, from which the saving is computed; 0: not measured."""
     stages: int = Field(1, ge=1)
     """Pipeline stages; the launcher's ranks are stages x replicas, and replicas are data parallel. 1: no pipeline."""
     num_workers: int = Field(0, ge=0)
@@ -112,72 +131,169 @@ class PretrainConfig(_Block):
     compile: bool | Literal["auto"] = "auto"
     """torch.compile of the encoder layers; "auto": on GPUs."""
     deterministic: bool = False
-    """Only kernels that always round alike, so that equal runs are equal bit for bit on a GPU too, where attention's backward
-    otherwise adds in any order; slower. A CPU needs it not."""
+    """Use only kernels that always round alike, so that equal runs are equal bit for bit on a GPU, where attention's backward
+    otherwise adds in any order; slower. Not needed on a CPU."""
     layer_norm: Literal["torch", "apex"] = "torch"
-    """"apex": NVIDIA apex's FusedLayerNorm, where its compiled parts are there. It stays outside of compiled layers."""
-    precision: Literal["auto", "strict"] = "auto"
-    """A device without fp16: "auto" trains in bf16 and says so, "strict" refuses."""
-    output: str = "runs/{name}"
-    """Folder of the run; {name} is the configuration file's name."""
+    """"apex": every LayerNorm becomes NVIDIA apex's FusedLayerNorm over the same parameters. Needs apex with its CUDA
+    extensions, and says before anything is built what is missing. torch.compile does not look into it. (apex's optimizers:
+    `"optimizer": {"type": "apex.FusedLAMB"}` or "apex.FusedAdam".)"""
 
     @property
     def trained_model(self) -> str | None:
-        """Folder or Hub name of the model to go on from; None: the model is new."""
+        """Folder or Hub name of the model to continue from; None: the model is new."""
         return self.model if isinstance(self.model, str) and self.model not in BERT_SIZES else None
 
 
-# Keys whose change does not change what is learned: a checkpoint may be resumed with other values of these.
-RUN_ONLY_KEYS = frozenset(
-    f"pretrain.{key}"
-    for key in (
-        "log_every validation_every validation_rows save_every keep_last probe_steps num_workers output precision data "
-        "deterministic"
-    ).split()
-) | {
-    "steps_per_print", "wall_clock_breakdown", "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler",
-    "comms_logger", "dump_state", "log_level", "memory_breakdown", "timers",
-}  # fmt: skip
+# Keys that are gone, and keys that may differ
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Iterable[str] = ()) -> list[str]:
-    """Settings (as from `RunConfig.flat`) that differ and matter, one "key: old -> new" line each."""
-    ignored = RUN_ONLY_KEYS | set(allowed)
-    keys = [key for key in sorted({*old, *new}) if not any(key == i or key.startswith(i + ".") for i in ignored)]
-    return [f"{k}: {old.get(k, 'unset')} -> {new.get(k, 'unset')}" for k in keys if old.get(k) != new.get(k)]
+@dataclass(frozen=True)
+class RemovedKey:
+    """A key that an earlier version had."""
+
+    why: str
+    remedy: str = "remove the key"
+    always: object = None
+    """The value that every run has now, and of which alone a checkpoint can be resumed; None: it never mattered to one."""
 
 
-BERT_SIZES = {
-    "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+REMOVED_KEYS = {
+    "sctd.align_on": RemovedKey("the KL compares the [CLS] states", always="cls"),
+    "sctd.kl_reduction": RemovedKey("the KL is divided by the number of labelled tokens", always="labels"),
+    "pretrain.pad_vocab_to": RemovedKey("a new model's embedding has a multiple of 64 rows", always=64),
+    "pretrain.precision": RemovedKey("where a device has no fp16, the run trains in bf16 and says so"),
+    "pretrain.output": RemovedKey("a run's folder is runs/NAME", "remove the key, and choose another folder with --output"),
 }
+"""Dotted keys of the two blocks."""
 
 
-def did_you_mean(key: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(known)}"
+_RECORDING = frozenset(
+    """
+    pretrain.log_every pretrain.validation_every pretrain.save_every pretrain.keep_last pretrain.probe_steps
+    steps_per_print tensorboard wandb csv_monitor comet dump_state log_level
+    """.split()
+)
+"""What is written down, and when."""
+_SPEED_AND_NAMES = frozenset(
+    """
+    pretrain.data pretrain.validation_rows pretrain.num_workers pretrain.deterministic
+    wall_clock_breakdown flops_profiler comms_logger memory_breakdown timers
+    """.split()
+)
+"""How fast steps are, how runs are judged, and what the data is called (its content is compared by its fingerprint)."""
+_LAYOUT = frozenset(
+    """
+    pretrain.stages zero_optimization train_micro_batch_size_per_gpu gradient_accumulation_steps
+    sctd.recompute_align sctd.last_layer
+    """.split()
+)
+"""Where and in which order the same mathematics is computed."""
+
+MAY_DIFFER_IN_TABLE = _RECORDING
+"""Keys in which runs of one table of results may differ."""
+MAY_DIFFER_ON_RESUME = _RECORDING | _SPEED_AND_NAMES
+"""Keys of which a checkpoint may be resumed with other values: they do not change what is learned."""
+MAY_DIFFER_ON_START = MAY_DIFFER_ON_RESUME | _LAYOUT
+"""Keys of which a run may have other values than the checkpoint that it starts from (--start-from)."""
 
 
-def explain(error: ValidationError, where: str, known: Iterable[str]) -> str:
-    """pydantic's findings as one line each, in the words of the file."""
-    where = {"ScTDConfig": "sctd", "PretrainConfig": "pretrain"}.get(where, where)
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Iterable[str] = MAY_DIFFER_ON_RESUME) -> list[str]:
+    """Settings under dotted keys (`RunConfig.flat`) that differ and matter, one "key: old -> new" line each.
+
+    may_differ: keys, or blocks of keys, to leave out. A removed key in `old` matters where it held another value than the one
+    that every run has now.
+    """
+    free = tuple(may_differ)
     lines = []
+    for key in sorted({*old, *new}):
+        removed = REMOVED_KEYS.get(key)
+        if any(key == name or key.startswith(name + ".") for name in free):
+            continue
+        if removed is None:
+            if old.get(key) != new.get(key):
+                lines.append(f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}")
+        elif removed.always not in (None, old.get(key, removed.always)):
+            lines.append(f"{key}: {old[key]} -> removed, now always {removed.always} ({removed.why})")
+    return lines
+
+
+# Errors in the words of the file
+
+
+def explain(error: ValidationError, block: str, known: Iterable[str]) -> dict[str, str]:
+    """pydantic's errors about a block, by dotted key: one line each."""
+    lines: dict[str, str] = {}
     for item in error.errors():
         # For a union of types pydantic reports every branch, named at the end of the path; the key is enough.
-        key = ".".join(str(part) for part in item["loc"][:1])
+        name = str(item["loc"][0]) if item["loc"] else ""
+        key = f"{block}.{name}" if name else block
+        expected = item["msg"][:1].lower() + item["msg"][1:]
         if item["type"] == "extra_forbidden":
-            lines.append(f'unknown key "{key}" in {where}{did_you_mean(key, known)}')
+            lines[key] = f'unknown key "{name}" in {block}; {did_you_mean(name, known)}'
+        elif key in lines:
+            lines[key] += f", or {expected}"
         else:
-            message = item["msg"][:1].lower() + item["msg"][1:]
-            lines.append(f"{where}.{key}={item['input']!r}: {message}" if key else f"{where}: {message}")
-    return "\n".join(dict.fromkeys(lines))
+            lines[key] = f"{key}={item['input']!r}: {expected}" if name else f"{block}: {expected}"
+    return lines
 
 
-def replicas(ranks: int, stages: int) -> int:
-    """How many pipelines of `stages` stages the ranks form. Raises ConfigError where some are left over."""
-    if ranks % stages:
-        raise ConfigError(
-            f"{ranks} ranks cannot form pipelines of {stages} stages: start a multiple of {stages} ranks (--num_gpus)"
-        )
-    return ranks // stages
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the nearest known one, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}"
+
+
+# Reading the file
+
+
+def read_json(source: str | Path | Mapping[str, Any]) -> tuple[Block, str]:
+    """The configuration as a dict of its own, and a short name for it. Raises ConfigError for what is not a JSON object."""
+    if isinstance(source, Mapping):
+        return json.loads(json.dumps(source)), "run"
+    path = Path(source)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content, path.stem
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> Block:
+    seen: Block = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ConfigError(f'the key "{key}" stands twice in one block')
+        seen[key] = value
+    return seen
+
+
+def json_block(raw: Mapping[str, Any], key: str) -> Block:
+    """A copy of a top-level block; an empty one where there is none. Raises ConfigError for another value."""
+    value = raw.get(key, {})
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'"{key}" must be a JSON object, found {value!r}')
+    return dict(value)
+
+
+def sctd_block(config: str | Path | Mapping[str, Any] | None) -> Block | None:
+    """The "sctd" block of a DeepSpeed configuration given as a path or a dict; None where it has none."""
+    if config is None:
+        return None
+    raw, _ = read_json(config)
+    return json_block(raw, "sctd") if "sctd" in raw else None
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every innermost value of nested mappings, with its path."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    else:
+        yield path, value

@@ -1,20 +1,130 @@
-"""What may stand in a DeepSpeed configuration file, and what is wrong with one."""
+"""Everything that can be wrong with a DeepSpeed configuration, as one list of findings.
+
+Loading a run and `sctd_ds.initialize` raise the first finding that refuses (`check`). The doctor prints them all, and writes
+what `repair` makes. Each fact is one function below, which yields what it finds in the raw configuration.
+
+DeepSpeed itself skips an unknown top-level key without a word; here an unknown key is an error wherever it stands.
+"""
 
 from __future__ import annotations
 
+import copy
+import difflib
 import inspect
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
+import torch
+from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
-if TYPE_CHECKING:
-    pass
-from sctd_ds.config import ConfigError, did_you_mean, explain
+from sctd_ds.config import REMOVED_KEYS, Block, ConfigError, PretrainConfig, ScTDConfig, did_you_mean, explain, leaves
 
-# Top-level keys that DeepSpeed 0.19 reads. It has no list of its own; a test holds this one against its sources.
+Repair = Callable[[Block], object]
+"""Puts a configuration right, in place."""
+Kind = Literal["refused", "ignored", "conflict", "warning", "deprecated", "missing"]
+"""refused: DeepSpeed or sctd_ds stops with an error. ignored: nothing reads it. conflict: token dropping cannot work with it.
+warning: it can, but is hardly meant. deprecated: still read, in an older form. missing: has to be added."""
+REFUSING: tuple[Kind, ...] = ("refused", "ignored", "conflict")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a configuration."""
+
+    kind: Kind
+    key: str
+    """Dotted."""
+    why: str
+    """What is wrong; names key and value."""
+    remedy: str
+    repair: Repair | None = None
+    """The remedy as code; None: somebody has to decide."""
+
+    def __str__(self) -> str:
+        return f"{self.why}; {self.remedy}"
+
+
+def check(raw: Block, pipeline: bool | None = None) -> None:
+    """ConfigError with the first finding that refuses. Arguments as for `diagnose`."""
+    refusing = [finding for finding in diagnose(raw, pipeline) if finding.kind in REFUSING]
+    if len(refusing) > 1:
+        raise ConfigError(f"{refusing[0]} (and {len(refusing) - 1} more: `python -m sctd_ds.doctor FILE` lists them)")
+    if refusing:
+        raise ConfigError(str(refusing[0]))
+
+
+def diagnose(raw: Block, pipeline: bool | None = None) -> list[Finding]:
+    """All that stands between this configuration and a run with token dropping, in the order of the file's keys.
+
+    raw: as in the file; with a "pretrain" block it is a file of pretrain.py. pipeline: whether the model is a pipeline; None:
+    as the file says.
+    """
+    if pipeline is None:
+        pipeline = _wants_pipeline(raw)
+    found = [
+        *_removed(raw),
+        *_unknown_keys(raw, "", DEEPSPEED_KEYS | {"sctd", "pretrain"}),
+        *_no_objects(raw),
+        *_blocks(raw),
+        *_optimizer(raw),
+        *_scheduler(raw),
+        *_two_precisions(raw),
+        *_older_forms(raw),
+        *_layout(zero_stage(raw), raw.get("sequence_parallel_size", 1), pipeline),
+        *_pipeline_block(raw, pipeline),
+        *_random_ltd(raw),
+        *_unresolved(raw),
+        *_no_method(raw),
+    ]
+    order = {key: place for place, key in enumerate(raw)}
+    return sorted(found, key=lambda finding: order.get(finding.key.partition(".")[0], len(order)))
+
+
+def repair(raw: Block) -> tuple[Block, list[Finding]]:
+    """A repaired copy, and what is still wrong with it and needs a decision."""
+    config = copy.deepcopy(raw)
+    # A repair can uncover another finding (a renamed key, whose block is then looked into), so until nothing changes.
+    while True:
+        before, found = copy.deepcopy(config), diagnose(config)
+        for finding in found:
+            if finding.repair is not None:
+                finding.repair(config)
+        if config == before:
+            return config, found
+
+
+def check_layout(zero_stage: int, sequence_parallel_size: int = 1, pipeline: bool = False) -> None:
+    """ConfigError for a parallel layout that token dropping cannot use."""
+    for finding in _layout(zero_stage, sequence_parallel_size, pipeline):
+        raise ConfigError(str(finding))
+
+
+def replicas(ranks: int, stages: int) -> int:
+    """How many pipelines of `stages` stages the ranks form. Raises ConfigError where some are left over."""
+    if ranks % stages:
+        raise ConfigError(
+            f"{ranks} ranks cannot form pipelines of {stages} stages: start a multiple of {stages} ranks (--num_gpus)"
+        )
+    return ranks // stages
+
+
+def zero_stage(config: Block) -> int:
+    """The ZeRO stage of a configuration, also where it is written as true or false."""
+    value = config.get("zero_optimization")
+    return int(value) if isinstance(value, bool) else _block(config, "zero_optimization").get("stage", 0)
+
+
+# What DeepSpeed knows
+
+# Top-level keys that DeepSpeed 0.19 reads. It has no list of its own; a test compares this one with its sources.
 DEEPSPEED_KEYS = frozenset(
     """
     activation_checkpointing aio autotuning bf16 bfloat16 checkpoint checkpoint_writer comet comms_logger
@@ -28,166 +138,315 @@ DEEPSPEED_KEYS = frozenset(
     zero_optimization zenflow vocabulary_size
     """.split()
 )
+_MODELS: dict[str, type[BaseModel]] = {
+    "sctd": ScTDConfig,
+    "pretrain": PretrainConfig,
+    "zero_optimization": DeepSpeedZeroConfig,
+    "fp16": DeepSpeedFP16Config,
+    "bf16": DeepSpeedBF16Config,
+    "tensorboard": TensorBoardConfig,
+    "wandb": WandbConfig,
+    "csv_monitor": CSVConfig,
+}
+"""Blocks that a pydantic model describes; for the others DeepSpeed has none."""
+_REMOVED_FROM_DEEPSPEED = [
+    *getattr(deepspeed_config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", ()),
+    *(f"zero_optimization.{key}" for key in getattr(deepspeed_config, "_REMOVED_ZERO_CONFIG_KEYS", ())),
+]
+_TORCH_OPTIMIZERS = [name for name, value in vars(torch.optim).items() if inspect.isclass(value) and name != "Optimizer"]
+_SCHEDULES = [*lr_schedules.VALID_LR_SCHEDULES, *torch.optim.lr_scheduler.__all__]
+"""DeepSpeed's own, and where it looks next."""
 
 
-def read_json(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The configuration as a dict of its own, and a short name for it."""
-    if isinstance(source, Mapping):
-        return json.loads(json.dumps(source)), "run"
-    path = Path(source)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content, path.stem
+def _parameters(function: Callable[..., object]) -> set[str]:
+    return set(inspect.signature(function).parameters)
 
 
-def check_top_level(raw: Mapping[str, Any], extra: Iterable[str] = ()) -> None:
-    """Refuse top-level keys that neither DeepSpeed nor we read, and those DeepSpeed has removed."""
-    from deepspeed.runtime import config as deepspeed_config
-
-    removed = getattr(deepspeed_config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {})
-    known = DEEPSPEED_KEYS | set(extra)
-    for key in raw:
-        if key in removed:
-            doctor = "python -m sctd_ds.doctor check FILE --write"
-            raise ConfigError(f'"{key}": {removed[key]} Remove the block; `{doctor}` repairs the whole file.')
-        if key not in known:
-            raise ConfigError(f'unknown key "{key}"{did_you_mean(key, known)}')
+# DeepSpeed chooses among these classes by the first two keys; about the third there is a finding of its own.
+_ADAM_PARAMETERS = {"torch_adam", "adam_w_mode", "max_grad_norm"} | (
+    _parameters(FusedAdam) | _parameters(DeepSpeedCPUAdam) | _parameters(torch.optim.AdamW)
+) - {"params", "model_params"}
 
 
-def block_models() -> dict[str, type[BaseModel]]:
-    """DeepSpeed's own models of those nested blocks for which it has one."""
-    from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    return {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "fp16": DeepSpeedFP16Config,
-        "bf16": DeepSpeedBF16Config,
-        "tensorboard": TensorBoardConfig,
-        "wandb": WandbConfig,
-        "csv_monitor": CSVConfig,
-    }
+# Repairs
 
 
-def check_deepspeed(config: Mapping[str, Any]) -> None:
-    """Check DeepSpeed's nested blocks, with its own models where it has them, before anything is built."""
-    for key, model in block_models().items():
-        if key in config:
-            block = json_block(config, key)
-            try:
-                model(**block)
-            except ValidationError as error:
-                raise ConfigError(explain(error, key, model.model_fields)) from None
-    _check_optimizer(config)
-    _check_scheduler(config)
-    if config.get("fp16", {}).get("enabled") and config.get("bf16", {}).get("enabled"):
-        raise ConfigError("fp16.enabled and bf16.enabled are both true: choose one")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage == 3:
-        raise ConfigError(
-            "zero_optimization.stage=3 is not supported: both passes of an align step would gather every parameter twice; "
-            "use stage 2"
-        )
-    if config.get("pipeline") and stage >= 2:
-        raise ConfigError(f"a pipeline cannot run with zero_optimization.stage={stage} (DeepSpeed allows 0 and 1): use 1")
+def _removing(path: str) -> Repair:
+    *blocks, key = path.split(".")
+    return lambda config: _block(config, *blocks).pop(key, None)
 
 
-def sctd_block(config: Any) -> dict[str, Any] | None:
-    """The "sctd" block of a DeepSpeed configuration given as a path or a dict; None where it has none."""
-    if config is None:
-        return None
-    raw, _ = read_json(config)
-    return json_block(raw, "sctd") if "sctd" in raw else None
+def _setting(key: str, value: object) -> Repair:
+    return lambda config: config.update({key: value})
 
 
-def _check_optimizer(config: Mapping[str, Any]) -> None:
-    import torch
-    from deepspeed.ops.adam import FusedAdam
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+def _renaming(path: str, name: str) -> Repair:
+    *blocks, old = path.split(".")
 
-    if "optimizer" not in config:
-        return
-    block = json_block(config, "optimizer")
-    _only(block, ("type", "params", "legacy_fusion"), "optimizer")
-    torch_names = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"]
-    name, known = block.get("type"), [*DEEPSPEED_OPTIMIZERS, *torch_names]
-    # DeepSpeed compares its own names in lower case and looks others up in torch.optim as they are.
-    if not isinstance(name, str) or (name.lower() not in DEEPSPEED_OPTIMIZERS and name not in torch_names):
-        raise ConfigError(f'optimizer.type="{name}" is unknown{did_you_mean(str(name), known)}')
-    if name.lower() in ("adam", "adamw"):
-        keys = {*inspect.signature(FusedAdam).parameters, *inspect.signature(torch.optim.AdamW).parameters}
-        _only(block.get("params", {}), {*keys, "torch_adam", "adam_w_mode"} - {"params"}, "optimizer.params")
+    def rename(config: Block) -> None:
+        block = _block(config, *blocks)
+        renamed = {name if key == old else key: value for key, value in block.items()}  # in its old place
+        block.clear()
+        block.update(renamed)
+
+    return rename
 
 
-def _check_scheduler(config: Mapping[str, Any]) -> None:
-    from deepspeed.runtime import lr_schedules
-
-    if "scheduler" not in config:
-        return
-    block = json_block(config, "scheduler")
-    _only(block, ("type", "params"), "scheduler")
-    name = str(block.get("type"))
-    if name not in lr_schedules.VALID_LR_SCHEDULES:
-        raise ConfigError(f'scheduler.type="{name}" is unknown{did_you_mean(name, lr_schedules.VALID_LR_SCHEDULES)}')
-    known = inspect.signature(getattr(lr_schedules, name)).parameters
-    _only(block.get("params", {}), set(known) - {"optimizer"}, "scheduler.params")
+def _block(config: Block, *path: str) -> Block:
+    """The block at `path` itself; an empty one where there is none."""
+    for key in path:
+        inner = config.get(key)
+        config = inner if isinstance(inner, dict) else {}
+    return config
 
 
-def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
-    """Every innermost value of nested mappings, with its path."""
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from leaves(inner, (*path, key))
-    else:
-        yield path, value
+# Facts: keys
 
 
-def json_block(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = raw.get(key, {})
-    if not isinstance(value, Mapping):
-        raise ConfigError(f'"{key}" must be a JSON object, found {value!r}')
-    return dict(value)
+def _removed(raw: Block) -> Iterator[Finding]:
+    """Keys that DeepSpeed, or this project, had once."""
+    for path in _REMOVED_FROM_DEEPSPEED:
+        if _has(raw, path):
+            remedy, change = _INSTEAD.get(path, "remove it"), _REPLACING.get(path, _removing(path))
+            yield Finding("refused", path, f"{path} has been removed from DeepSpeed", remedy, change)
+    for path, removed in REMOVED_KEYS.items():
+        if _has(raw, path):
+            yield Finding("refused", path, f"{path} was removed: {removed.why}", removed.remedy, _removing(path))
 
 
-def _only(block: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    known = set(known)
+_INSTEAD = {
+    "sparse_attention": "remove it; attention is dense, and token dropping is what saves time now",
+    "progressive_layer_drop": "remove it, and the recipe's --progressive_layer_drop; token dropping takes its place",
+    "amp": 'remove it; "fp16": {"enabled": true} is the counterpart (apex.amp is gone from apex, too)',
+    "curriculum_learning": "remove it; data_efficiency.data_sampling.curriculum_learning is its successor",
+    "elasticity": "remove it and set train_batch_size (written: elasticity.max_train_batch_size)",
+}
+
+
+def _amp_to_fp16(config: Block) -> None:
+    enabled = _block(config, "amp").get("enabled")
+    del config["amp"]
+    if enabled and not {"fp16", "bf16"} & config.keys():
+        config["fp16"] = {"enabled": True}
+
+
+def _elasticity_to_batch(config: Block) -> None:
+    block = _block(config, "elasticity")
+    del config["elasticity"]
+    if block.get("enabled") and "max_train_batch_size" in block:
+        config.setdefault("train_batch_size", block["max_train_batch_size"])
+
+
+_REPLACING: dict[str, Repair] = {"amp": _amp_to_fp16, "elasticity": _elasticity_to_batch}
+
+
+def _has(raw: Block, path: str) -> bool:
+    *blocks, key = path.split(".")
+    return key in _block(raw, *blocks)
+
+
+def _unknown_keys(raw: Block, where: str, known: Iterable[str]) -> Iterator[Finding]:
+    """Keys of the block at `where` ("": top level) that are neither in `known` nor among the removed ones."""
+    block, known = _block(raw, *where.split(".")) if where else raw, set(known)
     for key in block:
-        if key not in known:
-            raise ConfigError(f'unknown key "{key}" in {where}{did_you_mean(key, known)}')
+        path = f"{where}.{key}" if where else key
+        if key in known or path in _REMOVED_FROM_DEEPSPEED or path in REMOVED_KEYS:
+            continue
+        kind: Kind = "refused" if where else "ignored"
+        why = f'unknown key "{key}"' + (f" in {where}" if where else ", which DeepSpeed would ignore")
+        near = difflib.get_close_matches(key, sorted(known - block.keys()), n=1, cutoff=0.8)
+        hint = did_you_mean(key, known)
+        if near:
+            yield Finding(kind, path, why, f'did you mean "{near[0]}"?', _renaming(path, near[0]))
+        elif hint.startswith("known"):
+            yield Finding(kind, path, why, f"remove it ({hint})", _removing(path))
+        else:  # too far away to be renamed without asking
+            yield Finding(kind, path, why, f"{hint} Otherwise remove it")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ConfigError(f'the key "{key}" stands twice in one block')
-        seen[key] = value
-    return seen
+def _no_objects(raw: Block) -> Iterator[Finding]:
+    """Blocks that hold a bare value."""
+    for name in (*_MODELS, "optimizer", "scheduler", "pipeline", "data_efficiency"):
+        value = raw.get(name, {})
+        older_form = name == "zero_optimization" and isinstance(value, bool)
+        if not isinstance(value, dict) and not older_form:
+            yield Finding("refused", name, f'"{name}" must be a JSON object, found {value!r}', "write {...}")
 
 
-def check_layout(zero_stage: int, sequence_parallel_size: int = 1, pipeline: bool = False) -> None:
-    """ConfigError for a parallel layout that token dropping cannot use."""
-    if pipeline and zero_stage != 1:
-        raise ConfigError(
-            f"zero_optimization.stage={zero_stage} with a pipeline: use 1. DeepSpeed has no pipeline with 2 and 3, and with 0 "
-            "clips by the gradients of the first stage alone"
+def _blocks(raw: Block) -> Iterator[Finding]:
+    """Keys and values of the blocks that a pydantic model describes."""
+    for name, model in _MODELS.items():
+        known = {alias for key, field in model.model_fields.items() for alias in (key, field.alias) if alias}
+        yield from _unknown_keys(raw, name, known)
+        try:
+            model(**{key: value for key, value in _block(raw, name).items() if key in known})
+        except ValidationError as error:  # from DeepSpeed's models
+            for key, why in explain(error, name, known).items():
+                yield Finding("refused", key, why, "correct the value")
+        except (ConfigError, AssertionError) as error:  # from ours; and from DeepSpeed's about pairs of keys
+            for why in str(error).splitlines():
+                yield Finding("refused", name, why, "correct the value")
+
+
+# Facts: optimizer and learning rate
+
+
+# The 1-bit optimizers are gone; these are the optimizers they compressed.
+_ONE_BIT = {"onebitadam": "Adam", "zerooneadam": "Adam", "onebitlamb": "Lamb"}
+
+
+def _optimizer(raw: Block) -> Iterator[Finding]:
+    if not isinstance(raw.get("optimizer"), dict):
+        return
+    yield from _unknown_keys(raw, "optimizer", ("type", "params", "legacy_fusion"))
+    name, path = str(raw["optimizer"].get("type")), "optimizer.type"
+    if name.startswith("apex."):
+        if "pretrain" not in raw:  # pretrain.py builds it, and checks it as it loads the run
+            why = f'{path}="{name}": DeepSpeed cannot build it'
+            yield Finding("refused", path, why, "build it in your script, and pass it as initialize(optimizer=...)")
+        return
+    if name.lower() in _ONE_BIT:
+        why, plain = f'{path}="{name}" has been removed from DeepSpeed', _ONE_BIT[name.lower()]
+        yield Finding("refused", path, why, f'use "{plain}", without compression', _decompress)
+    elif name.lower() not in deepspeed_config.DEEPSPEED_OPTIMIZERS and name not in _TORCH_OPTIMIZERS:
+        known = [*deepspeed_config.DEEPSPEED_OPTIMIZERS, *_TORCH_OPTIMIZERS]
+        yield Finding("refused", path, f'{path}="{name}" is unknown', did_you_mean(name, known))
+    elif name.lower() in ("adam", "adamw"):
+        yield from _unknown_keys(raw, "optimizer.params", _ADAM_PARAMETERS)
+    path = "optimizer.params.max_grad_norm"
+    if _has(raw, path):
+        yield Finding("refused", path, f"DeepSpeed refuses {path}", "use gradient_clipping at the top level", _move_clipping)
+
+
+def _decompress(config: Block) -> None:
+    plain = _ONE_BIT[config["optimizer"]["type"].lower()]
+    known = {"lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad"}
+    if plain == "Lamb":
+        known |= {"max_coeff", "min_coeff"}
+    params = _block(config, "optimizer", "params")
+    config["optimizer"] = {"type": plain, "params": {key: value for key, value in params.items() if key in known}}
+
+
+def _move_clipping(config: Block) -> None:
+    params = _block(config, "optimizer", "params")
+    if "max_grad_norm" in params:
+        config.setdefault("gradient_clipping", params.pop("max_grad_norm"))
+
+
+def _scheduler(raw: Block) -> Iterator[Finding]:
+    if not isinstance(raw.get("scheduler"), dict):
+        return
+    yield from _unknown_keys(raw, "scheduler", ("type", "params"))
+    name = str(raw["scheduler"].get("type"))
+    if name not in _SCHEDULES:
+        yield Finding("refused", "scheduler.type", f'scheduler.type="{name}" is unknown', did_you_mean(name, _SCHEDULES))
+        return
+    schedule = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name)
+    yield from _unknown_keys(raw, "scheduler.params", _parameters(schedule) - {"optimizer"})
+
+
+# Facts: precision, parallelism, token dropping
+
+
+def _two_precisions(raw: Block) -> Iterator[Finding]:
+    if all(_block(raw, key).get("enabled") is True for key in ("fp16", "bf16")):
+        yield Finding("refused", "bf16", "fp16.enabled and bf16.enabled are both true", "keep one of them")
+
+
+def _older_forms(raw: Block) -> Iterator[Finding]:
+    """Spellings of the ZeRO block that DeepSpeed still reads."""
+    path, value = "zero_optimization", raw.get("zero_optimization")
+    if isinstance(value, bool):
+        remedy, change = f'write {{"stage": {int(value)}}}', _setting(path, {"stage": int(value)})
+        yield Finding("deprecated", path, f"{path}={json.dumps(value)} is an older form", remedy, change)
+    path = "zero_optimization.cpu_offload"
+    if _has(raw, path):
+        remedy = 'write "offload_optimizer": {"device": "cpu"}'
+        yield Finding("deprecated", path, f"{path} is an older name", remedy, _rename_offload)
+
+
+def _rename_offload(config: Block) -> None:
+    if config["zero_optimization"].pop("cpu_offload"):
+        config["zero_optimization"].setdefault("offload_optimizer", {"device": "cpu"})
+
+
+def _layout(stage: int, sequence_parallel_size: int, pipeline: bool) -> Iterator[Finding]:
+    """Parallel layouts that token dropping cannot use."""
+    path = "zero_optimization.stage"
+    if pipeline and stage != 1:
+        why = (
+            f"{path}={stage} with a pipeline: DeepSpeed has no pipeline with 2 and 3, and with 0 clips by the gradients of the "
+            "first stage alone"
         )
-    if zero_stage == 3:
-        raise ConfigError(
-            "zero_optimization.stage=3 is not supported: both passes of an align step would gather every parameter twice; "
-            "use stage 2"
-        )
-    if sequence_parallel_size > 1:
-        raise ConfigError(
-            f"sequence_parallel_size={sequence_parallel_size}: tokens are chosen from whole rows, which sequence parallelism "
-            "splits over ranks; use data parallelism"
-        )
+        yield Finding("conflict", path, why, "use 1", _using_zero(1))
+    elif stage == 3:
+        why = f"{path}=3 is not supported: both passes of an align step would gather every parameter twice"
+        yield Finding("conflict", path, why, "use stage 2", _using_zero(2))
+    if sequence_parallel_size != 1:
+        path = "sequence_parallel_size"
+        why = f"{path}={sequence_parallel_size}: tokens are chosen from whole rows, but it splits rows over ranks"
+        yield Finding("conflict", path, why, "use data parallelism", _removing(path))
+
+
+def _using_zero(stage: int) -> Repair:
+    def change(config: Block) -> None:
+        block = _block(config, "zero_optimization")
+        block.pop("offload_param", None)  # of ZeRO-3 alone
+        config["zero_optimization"] = {**block, "stage": stage}
+
+    return change
+
+
+def _wants_pipeline(raw: Block) -> bool:
+    """Whether the model is a pipeline, as far as the file says: pretrain.py's by its stages, others by DeepSpeed's block."""
+    if "pretrain" not in raw:
+        return bool(raw.get("pipeline"))
+    stages = _block(raw, "pretrain").get("stages", 1)
+    return isinstance(stages, int) and stages > 1
+
+
+def _pipeline_block(raw: Block, pipeline: bool) -> Iterator[Finding]:
+    """DeepSpeed's own block for pipelines."""
+    path = "pipeline.activation_checkpoint_interval"
+    if raw.get("pipeline") and not pipeline:
+        remedy = "remove it, or set pretrain.stages" if "pretrain" in raw else "remove it"
+        yield Finding("ignored", "pipeline", '"pipeline": nothing reads it, as the model has no pipeline stages', remedy)
+    elif _block(raw, "pipeline").get("activation_checkpoint_interval"):
+        remedy = "remove it; sctd.recompute_align saves memory in align steps"
+        yield Finding("conflict", path, f"{path} cannot be used with token dropping", remedy, _removing(path))
+
+
+def _random_ltd(raw: Block) -> Iterator[Finding]:
+    """DeepSpeed's own token dropping. It does nothing until the script also replaces the model's layers."""
+    path, routing = "data_efficiency.data_routing", _block(raw, "data_efficiency", "data_routing")
+    if routing.get("enabled") or _block(routing, "random_ltd").get("enabled"):
+        why = f"{path}: random-LTD drops tokens, too, and replaces the layers"
+        yield Finding("warning", path, why, "switch it off", _switch_off_routing)
+
+
+def _switch_off_routing(config: Block) -> None:
+    routing = config["data_efficiency"]["data_routing"]
+    for block in (routing, _block(routing, "random_ltd")):
+        block["enabled"] = False
+
+
+# "auto" values that pretrain.py replaces (see run/settings.py), and those that DeepSpeed itself understands.
+_RESOLVED = {"gradient_accumulation_steps", "scheduler.params.total_num_steps", "scheduler.params.warmup_max_lr"}
+_UNDERSTOOD = {"pipeline.stages", "data_types.keep_in_fp32_modules"}
+
+
+def _unresolved(raw: Block) -> Iterator[Finding]:
+    """Values "auto", which the Hugging Face Trainer fills in. Elsewhere DeepSpeed takes a default, or stumbles over them."""
+    fine = _UNDERSTOOD | (_RESOLVED if "pretrain" in raw else set())
+    for path, value in leaves(raw):
+        key = ".".join(path)
+        if value == "auto" and key not in fine and path[0] not in ("sctd", "pretrain") and "zenflow" not in path:
+            remedy = "write the value, unless the Hugging Face Trainer reads this file"
+            yield Finding("ignored", key, f'{key} is "auto", which nothing here resolves', remedy)
+
+
+def _no_method(raw: Block) -> Iterator[Finding]:
+    if "sctd" not in raw:
+        block = ScTDConfig().model_dump(include={"method", "interval", "drop_ratio", "kl_weight", "keep_token_ids"})
+        remedy = "add the block; set keep_token_ids to UNK, CLS, SEP and MASK"
+        yield Finding("missing", "sctd", 'the block "sctd", the method\'s settings', remedy, _setting("sctd", block))

@@ -3,15 +3,21 @@
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import deepspeed
 import pytest
-from conftest import ROOT, settings
+from conftest import ROOT, settings, write_settings
 from transformers import BertConfig
 
+sys.path.insert(0, str(ROOT))
+
+import pretrain
 from sctd_ds import ConfigError, ScTDConfig, config, deepspeed_json
+from sctd_ds.engine import checkpoint, ranks
 from sctd_ds.run import job
+from sctd_ds.run import settings as settings_module
 
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
@@ -27,12 +33,43 @@ def test_shipped_configurations_load(file, tmp_path, monkeypatch):
     assert run.global_batch == run.deepspeed["train_batch_size"]
 
 
-@pytest.mark.parametrize("model", ["tiny", "base", "large"])
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 @pytest.mark.parametrize("baseline", ["dense", "token_drop"])
-def test_baselines_differ_in_the_method_only(model, baseline):
-    ours, theirs = (json.loads((ROOT / "ds_configs" / f"{name}.json").read_text()) for name in (model, f"{model}_{baseline}"))
-    assert theirs.pop("sctd")["method"] == baseline and ours.pop("sctd")["method"] == "sctd"
-    assert ours == theirs
+def test_baselines_differ_in_method_and_name_only(file, baseline):
+    stages = json.loads(file.read_text())["pretrain"].get("stages", 1)
+    run, other = (settings_module.load(file, world_size=stages, method=method) for method in (None, baseline))
+    assert (run.name, other.name) == (file.stem, f"{file.stem}_{baseline}")
+    assert config.differences(run.flat(), other.flat(), ()) == [f"sctd.method: sctd -> {baseline}"]
+
+
+def test_the_tiny_run_fits_on_two_pipeline_stages():
+    changes = ["pretrain.stages=2", "zero_optimization.stage=1", "gradient_accumulation_steps=4"]
+    run = job.load(ROOT / "ds_configs" / "tiny.json", changes, world_size=2)
+    assert (run.ranks, run.world_size, run.micro_batch, run.accumulation) == (2, 1, 8, 4)
+
+
+def test_the_method_of_the_file_leaves_its_name(tmp_path):
+    file = write_settings(tmp_path / "mini.json", sctd={"method": "dense"})
+    assert job.load(file, method="dense").name == "mini"
+    assert job.load(file, method="sctd").name == "mini_sctd"
+    assert job.load(file, ["sctd.interval=3"], method="sctd").sctd == ScTDConfig(method="sctd", interval=3)
+
+
+def test_two_methods_on_the_command_line_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r'--method dense, but --set makes sctd\.method "token_drop"'):
+        job.load(settings(), ["sctd.method=token_drop"], method="dense")
+    with pytest.raises(ConfigError, match=r"sctd\.method='fast'"):
+        job.load(settings(), method="fast")
+
+
+def test_a_baseline_has_a_folder_of_its_own(small_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write_settings(tmp_path / "mini.json", pretrain={"steps": 2, "validation_every": 0})
+    for more in ((), ("--method", "dense")):
+        assert pretrain.main(["--deepspeed_config", str(file), "--data", str(small_data), *more]) == 0
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["mini", "mini_dense"]
+    reports = [json.loads((tmp_path / "runs" / name / "report.json").read_text()) for name in ("mini", "mini_dense")]
+    assert [report["method"] for report in reports] == ["sctd", "dense"]
 
 
 def test_large_is_the_papers_recipe():
@@ -105,7 +142,9 @@ def test_one_wrong_letter_anywhere_is_an_error_that_names_the_key():
         ("scheduler.params.warmup_num_steps=14", "must be below"),
         ("zero_optimization.stage=3", "stage=3 is not supported"),
         ("zero_optimization.stage=7", "zero_optimization.stage=7"),
-        ('pipeline={"stages": 2}', "stage=2"),
+        ('pipeline={"stages": 2}', "set pretrain.stages"),
+        ("optimizer.params.weigth_decay=0.1", 'did you mean "weight_decay"'),
+        ("optimizer=Adam", '"optimizer" must be a JSON object'),
         ('progressive_layer_drop={"enabled": true}', "removed"),
         ('fp16={"enabled": "maybe"}', "fp16.enabled"),
         ("sctd=5", "must be a JSON object"),
@@ -118,18 +157,16 @@ def test_what_cannot_work_is_named(change, message):
 
 
 def test_two_precisions_are_refused():
-    with pytest.raises(ConfigError, match="choose one"):
+    with pytest.raises(ConfigError, match="both true; keep one"):
         job.load(settings(fp16={"enabled": True}, bf16={"enabled": True}))
 
 
-def test_fp16_falls_back_to_bf16_aloud_or_not_at_all(monkeypatch):
+def test_fp16_falls_back_to_bf16_aloud(monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     run = job.load(settings(fp16={"enabled": True}))
     assert run.deepspeed["bf16"] == {"enabled": True} and "fp16" not in run.deepspeed and "bf16 instead" in run.notes[0]
-    with pytest.raises(ConfigError, match="has no fp16"):
-        job.load(settings(fp16={"enabled": True}), ["pretrain.precision=strict"])
 
 
 @pytest.mark.parametrize(
@@ -174,4 +211,73 @@ def test_method_block_stands_alone():
 def test_differences_ignore_what_does_not_change_learning():
     old, new = {"sctd.interval": 4, "pretrain.log_every": 1}, {"sctd.interval": 5, "pretrain.log_every": 2}
     assert config.differences(old, new) == ["sctd.interval: 4 -> 5"]
-    assert config.differences(old, new, ["sctd.interval"]) == []
+    assert config.differences(old, new, config.MAY_DIFFER_ON_RESUME | {"sctd.interval"}) == []
+    assert config.differences({"wandb.enabled": True}, {"wandb.team": "x", "wandb_team": "x"}) == ["wandb_team: unset -> x"]
+
+
+def test_what_may_differ_is_more_from_a_table_to_a_resumed_run_to_a_new_layout():
+    assert config.MAY_DIFFER_IN_TABLE < config.MAY_DIFFER_ON_RESUME < config.MAY_DIFFER_ON_START
+    fields = {f"{block.block}.{field}" for block in (ScTDConfig, config.PretrainConfig) for field in block.model_fields}
+    own = {key for key in config.MAY_DIFFER_ON_START if key.startswith(("sctd.", "pretrain."))}
+    assert own <= fields and config.MAY_DIFFER_ON_START - own <= deepspeed_json.DEEPSPEED_KEYS
+
+
+# Keys that an earlier version had
+
+
+@pytest.mark.parametrize("key", config.REMOVED_KEYS)
+def test_a_removed_key_is_an_error_that_says_what_to_do(key):
+    block, _, name = key.partition(".")
+    with pytest.raises(ConfigError, match=f"{key} was removed: .*; remove the key"):
+        job.load(settings(**{block: {name: "x"}}))
+    of_block = {"sctd": ScTDConfig, "pretrain": config.PretrainConfig}[block]
+    with pytest.raises(ConfigError, match=f"{key} was removed: .*; remove the key"):
+        of_block(**{name: "x"})
+
+
+def test_the_removed_align_on_says_what_the_kl_compares():
+    with pytest.raises(ConfigError, match=r"sctd.align_on was removed: the KL compares the \[CLS\] states; remove the key"):
+        ScTDConfig(align_on="cls")
+
+
+# What the version before wrote into a checkpoint beside the keys of today, at its defaults.
+OLD_DEFAULTS = {
+    "sctd.align_on": "cls",
+    "sctd.kl_reduction": "labels",
+    "pretrain.pad_vocab_to": 64,
+    "pretrain.precision": "auto",
+    "pretrain.output": "runs/{name}",
+}
+
+
+@pytest.fixture
+def old_checkpoint(tmp_path):
+    """The settings of a checkpoint of the version before, and today's configuration of the same run."""
+    run = job.load(settings())
+
+    def write(**changes) -> tuple[Path, dict]:
+        stored = {**run.flat(), **OLD_DEFAULTS, **changes}
+        content = {"settings": stored, "world_size": 1, "step": 3}
+        (tmp_path / "settings.json").write_text(json.dumps(content))
+        return tmp_path, run.flat()
+
+    ranks.init_distributed()
+    return write
+
+
+def test_a_checkpoint_of_the_version_before_is_accepted(old_checkpoint):
+    assert set(OLD_DEFAULTS) == set(config.REMOVED_KEYS)
+    checkpoint.check(*old_checkpoint(), steps=14)
+    harmless = {"pretrain.precision": "strict", "pretrain.output": "elsewhere"}
+    checkpoint.check(*old_checkpoint(**harmless), steps=14)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("sctd.align_on", "mean"), ("sctd.kl_reduction", "mean"), ("pretrain.pad_vocab_to", 1)]
+)
+def test_a_checkpoint_that_was_trained_otherwise_is_refused_in_words(old_checkpoint, key, value):
+    folder, today = old_checkpoint(**{key: value})
+    always = OLD_DEFAULTS[key]
+    with pytest.raises(checkpoint.CheckpointError, match=f"{key}: {value} -> removed, now always {always}"):
+        checkpoint.check(folder, today, steps=14)
+    checkpoint.check(folder, today, (key,), steps=14)  # --allow-change

@@ -274,7 +274,7 @@ def test_start_from_wants_a_step_to_be_left_and_forgets_the_folder_s_past(mini, 
     assert mini("--start-from", str(steps / "step_00000004"), output="second", pretrain=FEW) == 2
     assert "is at step 4, and the run ends at step 4: raise pretrain.steps" in capsys.readouterr().err
     assert mini("--start-from", str(mini.folder / "first"), output="second", pretrain=FEW) == 2
-    assert "no checkpoint of ours" in capsys.readouterr().err
+    assert "is not a checkpoint" in capsys.readouterr().err
     (mini.folder / "second").mkdir()
     shutil.copy(mini.folder / "first" / "metrics.jsonl", mini.folder / "second")  # of a run that died without a checkpoint
     assert mini("--start-from", str(steps / "step_00000002"), output="second", pretrain=FEW) == 0
@@ -446,7 +446,7 @@ def _changed_config(folder: Path, **changes: object) -> None:
     ("damage", "message"),
     [
         (lambda model: shutil.rmtree(model), "neither a preset nor a trained model that can be loaded"),
-        (lambda model: DistilBertConfig().save_pretrained(model), 'of type "distilbert"; pretrain.py goes on from bert,'),
+        (lambda model: DistilBertConfig().save_pretrained(model), 'of type "distilbert"; pretrain.py continues from bert,'),
         (lambda model: _changed_config(model, is_decoder=True), "a decoder"),
         (lambda model: _changed_config(model, num_hidden_layers=3), "at least 4"),
         (lambda model: _changed_config(model, num_hidden_layers=5), "its weights lack bert.encoder.layer.4"),

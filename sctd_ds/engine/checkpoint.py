@@ -1,10 +1,10 @@
-"""Checkpoints that a kill, a full disk or a flipped bit cannot turn into a wrong run.
+"""Checkpoints, written so that a kill, a full disk or a flipped bit cannot lead to a wrong run.
 
     RUN/checkpoints/step_00001000/     DeepSpeed's files, the random states, settings.json, manifest.json
     RUN/checkpoints/latest             name of the newest complete one (DeepSpeed's own tools read it)
 
-A checkpoint is written under a name that nobody reads, listed file by file with size and SHA-256 in manifest.json, synced to
-disk, and only then renamed. So a folder with a final name is complete; what it says is verified before it is loaded.
+A checkpoint is written under a partial name, its files are listed in manifest.json with size and SHA-256 and synced to disk,
+and only then is the folder renamed. So a folder with its final name is complete. Its files are verified before they are loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
-from sctd_ds import config as configuration
+from sctd_ds.config import MAY_DIFFER_ON_RESUME, MAY_DIFFER_ON_START, differences
 from sctd_ds.engine import ranks
 
 logger = logging.getLogger(__name__)
@@ -36,13 +36,6 @@ _MANIFEST = "manifest.json"
 _SETTINGS = "settings.json"
 
 
-LAYOUT_KEYS = (
-    "pretrain.stages", "zero_optimization", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "sctd.recompute_align", "sctd.last_layer",
-)  # fmt: skip
-"""Settings that spread the same training differently; `start` accepts other values of them."""
-
-
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read, or continued with these settings."""
 
@@ -50,8 +43,8 @@ class CheckpointError(RuntimeError):
 def save(engine: Any, folder: Path, settings: Mapping[str, Any], position: int, keep_last: int) -> Path:
     """Write a checkpoint of the engine after its last step; every rank calls. Returns its folder.
 
-    settings: the flat configuration, compared on resume. position: samples consumed by the loader. Older checkpoints beyond
-    `keep_last` are deleted after the new one is complete.
+    settings: the flat configuration, compared on resume. position: samples consumed by the loader. Once the new checkpoint
+    is complete, all but the newest `keep_last` are deleted.
     """
     final = folder / f"step_{engine.applied_steps:08d}"
     partial = folder / (_PARTIAL + final.name)
@@ -86,8 +79,8 @@ def save(engine: Any, folder: Path, settings: Mapping[str, Any], position: int, 
 def find(folder: Path, resume: str, tidy: bool = True) -> Path | None:
     """The newest complete and undamaged checkpoint, or None to start anew. Rank 0 looks, all ranks get its answer.
 
-    resume: "auto" takes what there is, "must" raises CheckpointError when there is none, "never" raises it when there is
-    one (so that nothing is overwritten). Damaged checkpoints are named and passed over; when all are damaged, that is an
+    resume: "auto" takes the newest, if any; "must" raises CheckpointError when there is none; "never" raises it when there is
+    one, so that nothing is overwritten. Damaged checkpoints are skipped with a warning. When all are damaged, that is an
     error, because starting anew would hide it. tidy: delete what a killed run left half written.
     """
     return ranks.on_first(lambda: _find(folder, resume, tidy))
@@ -96,9 +89,10 @@ def find(folder: Path, resume: str, tidy: bool = True) -> Path | None:
 def check(
     checkpoint: Path, settings: Mapping[str, Any], allow_change: tuple[str, ...] = (), *, steps: int, other_layout: bool = False
 ) -> None:
-    """CheckpointError unless a run of `settings` and `steps` can go on from `checkpoint`; it only reads.
+    """CheckpointError unless a run of `settings` and `steps` can continue from `checkpoint`; it only reads.
 
-    other_layout: for `start`, which verifies the files, accepts other ranks and stages, and wants a step to be left.
+    settings: the flat configuration. allow_change: keys that may differ beside those that always may. other_layout: the run
+    is to `start` from it: ranks and stages may differ, at least one step must be left, and the files are verified here.
     """
     if other_layout:
         problem = verify(checkpoint)
@@ -110,18 +104,18 @@ def check(
             f"{checkpoint} was written by {stored['world_size']} ranks, this run has {dist.get_world_size()}: ZeRO keeps one "
             "share of the optimizer per rank. Start with the same number of ranks, or use another --output and --start-from"
         )
-    changed = configuration.differences(
-        stored["settings"], json.loads(json.dumps(settings)), (*allow_change, *(LAYOUT_KEYS if other_layout else ()))
-    )
+    may_differ = MAY_DIFFER_ON_START if other_layout else MAY_DIFFER_ON_RESUME
+    as_stored = json.loads(json.dumps(settings))
+    changed = differences(stored["settings"], as_stored, may_differ | set(allow_change))
     if changed:
         raise CheckpointError(
             f"{checkpoint} was trained with other settings:\n  "
             + "\n  ".join(changed)
             + "\nUse the same settings, choose another --output, or allow a change with --allow-change KEY"
         )
-    if stored["step"] + other_layout > steps:
+    if steps - stored["step"] < (1 if other_layout else 0):
         raise CheckpointError(
-            f"{checkpoint} is at step {stored['step']}, and the run ends at step {steps}: raise pretrain.steps to go on"
+            f"{checkpoint} is at step {stored['step']}, and the run ends at step {steps}: raise pretrain.steps to continue"
         )
 
 
@@ -137,10 +131,10 @@ def load(engine: Any, checkpoint: Path) -> int:
 
 
 def start(engine: Any, checkpoint: Path) -> int:
-    """Go on from a checkpoint of another layout: other pipeline stages, ranks, ZeRO stage or split of the batch.
+    """Continue from a checkpoint of another layout: other pipeline stages, ranks, ZeRO stage or split of the batch.
 
     Weights, optimizer, learning rate, importance table, step and data position are those of the checkpoint, which passed
-    `check`; dropout draws anew. Returns the loader's position.
+    `check`; dropout draws new random numbers. Returns the loader's position.
     """
     try:
         return restore(engine, checkpoint)
@@ -149,7 +143,7 @@ def start(engine: Any, checkpoint: Path) -> int:
 
 
 def restore(engine: Any, folder: Path) -> int:
-    """Put what any layout of ours saved (ZeRO 1 or 2) into an engine of any layout; returns the stored "position", or 0."""
+    """Load a checkpoint that any layout saved (ZeRO 1 or 2) into an engine of any layout; returns its "position", or 0."""
     models = sorted(folder.glob("mp_rank_*_model_states.pt"))
     weights, moments, groups, scalars = {}, {}, [], []
     for model in models:
@@ -189,7 +183,8 @@ def restore(engine: Any, folder: Path) -> int:
 
 
 def _placed(shared: Mapping[str, Any], group: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A copy of what a group's state holds once (the step count), where its optimizer reads it: fused ones on the device."""
+    """A copy of what a group's state holds once (the step count), on the device that its optimizer reads: fused ones read it
+    on the accelerator, others on the CPU."""
     place = device if group.get("fused") or group.get("capturable") else torch.device("cpu")
     return {key: value.to(place, copy=True) if isinstance(value, Tensor) else value for key, value in shared.items()}
 
@@ -198,14 +193,14 @@ Pieces = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], list[dict[str, A
 
 
 def _by_parameter(folder: Path, stage: str, names: Mapping[str, str]) -> Pieces:
-    """A stage's ZeRO shards put together: fp32 weights and optimizer states by the model's names, flat; and for each
-    parameter group its options and what its state holds once for all (the step)."""
+    """A stage's ZeRO shards put together: flat fp32 weights and optimizer states by the model's names; and for each parameter
+    group its options and the state that is not per parameter (the step count)."""
     shards = {int(match[1]): file for file in folder.iterdir() if (match := _SHARD.search(file.name)) and match[2] == stage}
     weights: dict[str, list[Tensor]] = {}
     moments: dict[str, dict[str, list[Tensor]]] = {}
     groups: list[dict[str, Any]] = []
     scalars: list[dict[str, Any]] = []
-    # Each rank's shard is one flat tensor; it says which parameters' fragments lie in it, and ranks follow each other.
+    # Each rank's shard is one flat tensor, with a list of the parameters' fragments in it. Fragments continue rank by rank.
     for rank in sorted(shards):
         saved = torch.load(shards[rank], map_location="cpu", weights_only=False)["optimizer_state_dict"]
         base = saved["base_optimizer_state"]
@@ -229,7 +224,7 @@ def _by_parameter(folder: Path, stage: str, names: Mapping[str, str]) -> Pieces:
 def verify(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     if not (checkpoint / _MANIFEST).is_file():
-        return f"{checkpoint} is no checkpoint of ours (it holds no {_MANIFEST}); they are RUN/checkpoints/step_..."
+        return f"{checkpoint} is not a checkpoint (it holds no {_MANIFEST}): give a folder RUN/checkpoints/step_..."
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -257,7 +252,7 @@ def _find(folder: Path, resume: str, tidy: bool) -> Path | None:
         problem = verify(candidate)
         if problem is None:
             return candidate
-        logger.warning("passing over %s: %s", candidate.name, problem)
+        logger.warning("skipping %s: %s", candidate.name, problem)
     if candidates:
         raise CheckpointError(f"every checkpoint in {folder} is damaged: restore one, or start anew in another --output")
     if resume == "must":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,8 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from sctd_ds.config import ConfigError, ScTDConfig
-from sctd_ds.deepspeed_json import check_layout, check_top_level, read_json, sctd_block
+from sctd_ds.config import ConfigError, ScTDConfig, read_json, sctd_block
+from sctd_ds.deepspeed_json import check, check_layout
 from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.engine.pipeline import ScTDPipelineEngine
 from sctd_ds.engine.ranks import release_shared_memory
@@ -20,6 +21,9 @@ from sctd_ds.method.convert import convert, is_converted, state_of
 
 ENGINES: dict[type, type] = {DeepSpeedEngine: ScTDEngine, PipelineEngine: ScTDPipelineEngine}
 """The engines that `deepspeed.initialize` builds, and what they become."""
+
+REPLACED_BY = {"optimizer": "optimizer", "scheduler": "lr_scheduler"}
+"""Blocks of the configuration that DeepSpeed does not read where this argument is passed."""
 
 
 def initialize(
@@ -41,10 +45,10 @@ def initialize(
     given = given if given is not None else getattr(args, "deepspeed_config", None)
     if given is not None:
         raw, _ = read_json(given)
-        check_top_level(raw, extra=("sctd", "pretrain"))
-        zero = raw.get("zero_optimization", {})
-        stage = zero.get("stage", 0) if isinstance(zero, Mapping) else int(zero)  # true and false are an older spelling
-        check_layout(stage, raw.get("sequence_parallel_size", 1), isinstance(model, PipelineModule))
+        passed = inspect.signature(deepspeed.initialize).bind_partial(args, model, *rest, **kwargs).arguments
+        unread = {"pretrain"}
+        unread |= {block for block, name in REPLACED_BY.items() if passed.get(name) is not None}
+        check({key: value for key, value in raw.items() if key not in unread}, isinstance(model, PipelineModule))
     if model is None:
         raise ValueError("sctd_ds.initialize needs model=")
     block = sctd_config if sctd_config is not None else sctd_block(given)

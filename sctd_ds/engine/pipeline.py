@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from sctd_ds.adapters import Batch
 from sctd_ds.adapters.huggingface import BertAdapter
-from sctd_ds.config import ConfigError, ScTDConfig, replicas
+from sctd_ds.config import ConfigError, ScTDConfig
+from sctd_ds.deepspeed_json import replicas
 from sctd_ds.engine.ranks import init_distributed
 from sctd_ds.engine.step import StepLogic
 from sctd_ds.method import objective, passes

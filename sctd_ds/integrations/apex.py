@@ -1,28 +1,40 @@
-"""NVIDIA apex, where its compiled parts are really there: FusedLayerNorm, and FusedLAMB or FusedAdam as client optimizers.
+"""NVIDIA apex, where its compiled parts are really there: FusedLayerNorm, FusedLAMB and FusedAdam.
 
-Nothing of it is needed, declared or imported otherwise. What is probed are the compiled extensions, because `import apex`
-says little: the package index has an unrelated package of that name, and a Python-only build imports and then fails.
+A run asks for them with `"pretrain": {"layer_norm": "apex"}` and `"optimizer": {"type": "apex.FusedLAMB", "params": {...}}`.
+Nothing of apex is declared as a dependency or imported otherwise. `require` looks for the compiled extensions, because
+`import apex` says little: the package index has an unrelated package of that name, and a Python-only build imports and then
+fails.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from sctd_ds.config import ConfigError
+from sctd_ds.config import ConfigError, did_you_mean
 
 # What each part of apex needs besides Python.
 EXTENSIONS = {"normalization": "fused_layer_norm_cuda", "optimizers": "amp_C"}
 BUILD = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex"
 
+OPTIMIZERS = ("apex.FusedAdam", "apex.FusedLAMB")
+"""Values of optimizer.type.
+
+FusedLAMB is not DeepSpeed's own "Lamb": apex clips by the global norm (max_grad_norm, 1.0 by default, beside DeepSpeed's
+gradient_clipping) and does not bound the trust ratio. A run should not change from one to the other. ZeRO 1 and 2 give the
+optimizer one flat tensor per rank, so there the trust ratio is one for all of a rank's parameters, not one per layer.
+"""
+
 
 def require(part: Literal["normalization", "optimizers"]) -> None:
-    """ConfigError unless this part of NVIDIA apex can work; it tells apart why not. Imports nothing."""
+    """ConfigError unless this part of NVIDIA apex can work; the message says which condition fails. Imports nothing."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         raise ConfigError(f"NVIDIA apex is not installed: use torch's, or build it with\n  {BUILD}")
@@ -38,14 +50,32 @@ def require(part: Literal["normalization", "optimizers"]) -> None:
         )
 
 
-def optimizer(name: Literal["FusedLAMB", "FusedAdam"]) -> type[torch.optim.Optimizer]:
-    """apex's optimizer class, to be passed to `initialize` as `optimizer=`; ZeRO wants zero_allow_untested_optimizer then.
+def is_apex(optimizer_type: object) -> bool:
+    """Whether a value of optimizer.type asks for apex."""
+    return isinstance(optimizer_type, str) and optimizer_type.startswith("apex.")
 
-    FusedLAMB and DeepSpeed's own FusedLamb ("type": "Lamb") are different algorithms: apex clips by the global norm and has
-    no bounds on the trust ratio. A run should not change from one to the other.
+
+def check_optimizer(optimizer_type: str, params: Mapping[str, Any]) -> None:
+    """ConfigError unless `optimizer` can build this optimizer with these parameters."""
+    known = set(inspect.signature(_optimizer_class(optimizer_type)).parameters) - {"params"}
+    for key in params:
+        if key not in known:
+            raise ConfigError(f'unknown key "{key}" in optimizer.params of {optimizer_type}; {did_you_mean(key, known)}')
+
+
+def optimizer(optimizer_type: str, parameters: Iterable[nn.Parameter], params: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """apex's optimizer over `parameters`, to be passed to `initialize` as `optimizer=`.
+
+    optimizer_type: one of OPTIMIZERS. params: its keyword arguments. ZeRO also wants zero_allow_untested_optimizer.
     """
+    return _optimizer_class(optimizer_type)(parameters, **params)
+
+
+def _optimizer_class(optimizer_type: str) -> type[torch.optim.Optimizer]:
+    if optimizer_type not in OPTIMIZERS:
+        raise ConfigError(f'optimizer.type="{optimizer_type}" is unknown; {did_you_mean(optimizer_type, OPTIMIZERS)}')
     require("optimizers")
-    return getattr(importlib.import_module("apex.optimizers"), name)
+    return getattr(importlib.import_module("apex.optimizers"), optimizer_type.removeprefix("apex."))
 
 
 def fuse_layer_norms(model: nn.Module) -> int:

@@ -19,8 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from sctd_ds.adapters.special_tokens import special_ids
-from sctd_ds.config import ConfigError, ScTDConfig
-from sctd_ds.deepspeed_json import sctd_block
+from sctd_ds.config import ConfigError, ScTDConfig, sctd_block
 from sctd_ds.method.convert import convert, importance, set_mode, state_of
 from sctd_ds.method.schedule import Mode, step_mode
 

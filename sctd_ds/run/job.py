@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from sctd_ds.run.probe import Probe
 from sctd_ds.run.settings import RunConfig
 
 
-def load(source: Any, overrides: Sequence[str] = (), world_size: int = 1) -> RunConfig:
+def load(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), world_size: int = 1, method: str | None = None
+) -> RunConfig:
     """The run that a configuration file describes, checked as far as nothing has to be built. See `settings.load`."""
-    run = settings.load(source, overrides, world_size)
+    run = settings.load(source, overrides, world_size, method)
     models.check(run)
     return run
 

@@ -1,19 +1,19 @@
-"""The models that pretrain.py trains: new ones by their sizes, and trained ones to continue from."""
+"""The models that pretrain.py trains: new ones by their sizes, and trained ones to continue from; and apex's optimizers."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 
 from sctd_ds import data
 from sctd_ds.adapters.special_tokens import special_ids
-from sctd_ds.config import BERT_SIZES, ConfigError, PretrainConfig, did_you_mean
+from sctd_ds.config import BERT_SIZES, ConfigError, PretrainConfig, ScTDConfig, did_you_mean
 from sctd_ds.engine.pipeline import check_stages
 from sctd_ds.integrations import apex
 from sctd_ds.integrations.export import read_importance
@@ -23,9 +23,20 @@ from sctd_ds.run.settings import RunConfig
 
 logger = logging.getLogger(__name__)
 
+FIRST_POSITION = {"bert": "zero", "roberta": "after padding", "xlm-roberta": "after padding", "camembert": "after padding"}
+"""Model types that pretrain.py trains, those with BERT's layers, whose operations `flops` counts; and the position id of a
+row's first token: 0, or pad_token_id + 1. `sctd_ds.initialize` takes more families."""
+
+VOCABULARY_MULTIPLE = 64
+"""A new model's embedding gets a multiple of this many rows, which suits the matrix units; ids beyond the tokenizer's are
+never used."""
+
+
+# The model as its configuration describes it, before anything is built
+
 
 def check(run: RunConfig) -> None:
-    """ConfigError for a model that the run's method or its pipeline cannot train. Nothing is loaded or built."""
+    """ConfigError for a model that the run's method, its pipeline or this machine cannot train. Nothing is loaded or built."""
     sizes, stages = model_config(run.pretrain), run.pretrain.stages
     if run.sctd.method != "dense":
         LayerPlan(sizes.num_hidden_layers)
@@ -35,24 +46,26 @@ def check(run: RunConfig) -> None:
                 f'pretrain.stages={stages}: pretrain.model is of type "{sizes.model_type}", a pipeline runs "bert" only'
             )
         check_stages(stages, sizes.num_hidden_layers)
-
-
-# Model types with BERT's layers, which is what pretrain.py counts the operations of; `initialize` takes more families.
-_BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert")
+    if run.pretrain.layer_norm == "apex":
+        apex.require("normalization")
 
 
 def model_config(pretrain: PretrainConfig) -> transformers.PreTrainedConfig:
     """The run's model as transformers describes it; a new one's vocabulary is left to the tokenizer. Raises ConfigError."""
-    length = pretrain.seq_length
-    if pretrain.trained_model is not None:
-        return _trained_config(pretrain.trained_model, length)
+    if pretrain.trained_model is None:
+        return _new_config(pretrain)
+    return _trained_config(pretrain.trained_model, pretrain.seq_length)
+
+
+def _new_config(pretrain: PretrainConfig) -> transformers.BertConfig:
     arguments = dict(BERT_SIZES[pretrain.model] if isinstance(pretrain.model, str) else pretrain.model)
     known = {name for name in transformers.BertConfig().to_dict() if not name.startswith("_")}
     for key in arguments:
         if key not in known:
-            raise ConfigError(f'unknown key "{key}" in pretrain.model{did_you_mean(key, known)}')
+            raise ConfigError(f'unknown key "{key}" in pretrain.model; {did_you_mean(key, known)}')
     if "vocab_size" in arguments:
         raise ConfigError("pretrain.model.vocab_size: the vocabulary comes from the tokenizer; remove the key")
+    length = pretrain.seq_length
     positions = arguments.setdefault("max_position_embeddings", max(512, length))
     if positions < length:
         raise ConfigError(f"pretrain.model.max_position_embeddings={positions} is smaller than pretrain.seq_length={length}")
@@ -60,29 +73,16 @@ def model_config(pretrain: PretrainConfig) -> transformers.PreTrainedConfig:
 
 
 def _trained_config(name: str, length: int) -> transformers.PreTrainedConfig:
-    path = Path(name)
-    try:
-        found = transformers.AutoConfig.from_pretrained(name, local_files_only=path.exists())
-    except (OSError, ValueError) as error:  # what transformers raises for missing, broken and unknown models
-        reason = str(error).splitlines()[0]
-        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            reason = reason if path.exists() else "no such folder"
-        near = difflib.get_close_matches(name, BERT_SIZES, n=1, cutoff=0.85)
-        if (path / "model" / "config.json").is_file():
-            near = [str(path / "model")]
-        hint = f'; did you mean "{near[0]}"?' if near else ""
-        raise ConfigError(
-            f'pretrain.model="{name}" is neither a preset nor a trained model that can be loaded ({reason}){hint}'
-        ) from None
+    found = _read_config(name)
     decoder = getattr(found, "is_decoder", False)  # not every type has it
-    if found.model_type not in _BERT_LIKE or decoder:
-        kind = "a decoder" if decoder else f'of type "{found.model_type}"'
+    if found.model_type not in FIRST_POSITION or decoder:
+        what = "a decoder" if decoder else f'of type "{found.model_type}"'
         raise ConfigError(
-            f'pretrain.model="{name}" is {kind}; pretrain.py goes on from {", ".join(_BERT_LIKE)}. For other families call '
-            "sctd_ds.initialize in a script of your own (docs/recipes.md)"
+            f'pretrain.model="{name}" is {what}; pretrain.py continues from {", ".join(FIRST_POSITION)}. For other families '
+            "call sctd_ds.initialize in a script of your own (docs/recipes.md)"
         )
     positions = found.max_position_embeddings
-    if found.model_type != "bert":  # RoBERTa counts positions from behind its padding id
+    if FIRST_POSITION[found.model_type] == "after padding":
         if found.pad_token_id is None:
             raise ConfigError(f'pretrain.model="{name}": config.json has no pad_token_id, from which positions count')
         positions -= found.pad_token_id + 1
@@ -91,52 +91,83 @@ def _trained_config(name: str, length: int) -> transformers.PreTrainedConfig:
     return found
 
 
+def _read_config(name: str) -> transformers.PreTrainedConfig:
+    """The config.json of a folder or Hub model. Raises ConfigError, with a guess at what was meant."""
+    path = Path(name)
+    try:
+        return transformers.AutoConfig.from_pretrained(name, local_files_only=path.exists())
+    except (OSError, ValueError) as error:  # what transformers raises for missing, broken and unknown models
+        reason = str(error).splitlines()[0]
+    looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_like_a_path and not path.exists():
+        reason = "no such folder"
+    meant = difflib.get_close_matches(name, BERT_SIZES, n=1, cutoff=0.85)
+    if (path / "model" / "config.json").is_file():  # a run's folder
+        meant = [str(path / "model")]
+    hint = f'; did you mean "{meant[0]}"?' if meant else ""
+    raise ConfigError(f'pretrain.model="{name}" is neither a preset nor a trained model that can be loaded ({reason}){hint}')
+
+
+# The model itself
+
+
 def build_model(run: RunConfig, packed: data.PackedData) -> transformers.PreTrainedModel:
     """The run's model in fp32, new or trained before, converted, and compiled where the run asks for it.
 
     A new one is initialised from the run's seed. Raises ConfigError for a trained one that cannot be loaded.
     """
-    tokenizer, trained = packed.tokenizer, run.pretrain.trained_model
+    # Weights
+    trained = run.pretrain.trained_model
     transformers.set_seed(run.pretrain.seed)
-    model = _load_trained(trained) if trained else _new_model(run, tokenizer)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ConfigError(
-            f'pretrain.model="{trained}" embeds {model.config.vocab_size} ids, its tokenizer has {len(tokenizer)}'
-        )
-    if model.config.model_type != "bert" and model.config.pad_token_id != tokenizer.pad_token_id:
-        raise ConfigError(
-            f'pretrain.model="{trained}": pad_token_id is {model.config.pad_token_id} in config.json, '
-            f"{tokenizer.pad_token_id} in its tokenizer, and positions count from it: they must agree"
-        )
+    if trained is None:
+        model = _new_model(run.pretrain, packed.tokenizer)
+    else:
+        model = _load_trained(trained)
+        _check_tokenizer(model.config, packed.tokenizer, trained)
     if run.pretrain.layer_norm == "apex":
         apex.fuse_layer_norms(model)
-    settings: dict[str, Any] = {"labels_per_row": labels_per_row(run, packed)}
-    if run.sctd.keep_token_ids == "auto":
-        settings["keep_token_ids"] = special_ids(tokenizer)
-    convert(model, run.sctd.model_copy(update=settings))
-    if trained:
-        _take_importance(model, trained)
+
+    # Method
+    convert(model, _method(run, packed))
+    if trained is not None and state_of(model).has_table:
+        _continue_table(model, trained)
+
+    # Speed
     wanted = run.pretrain.compile
     if wanted is True or (wanted == "auto" and get_accelerator().device_name() == "cuda"):
         state_of(model).encoder.compile()
     return model
 
 
-def _new_model(run: RunConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedModel:
-    sizes, multiple = model_config(run.pretrain), run.pretrain.pad_vocab_to
-    assert isinstance(sizes, transformers.BertConfig)
-    sizes.vocab_size = -(-len(tokenizer) // multiple) * multiple
-    sizes.pad_token_id = tokenizer.pad_token_id
-    return transformers.BertForMaskedLM(sizes)
+def build_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer | None:
+    """apex's optimizer over the model, for `sctd_ds.initialize(optimizer=...)`; None where DeepSpeed builds the optimizer."""
+    block = run.apex_optimizer
+    return None if block is None else apex.optimizer(block["type"], model.parameters(), block.get("params", {}))
+
+
+def labels_per_row(run: RunConfig, packed: data.PackedData) -> int:
+    """Labelled tokens of a full row: a fixed number, so that shapes are static."""
+    return data.Masker(packed.tokenizer, 0, run.pretrain.mlm_probability).labels_per_row(run.pretrain.seq_length)
+
+
+def _new_model(pretrain: PretrainConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedModel:
+    config = _new_config(pretrain)
+    config.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    config.pad_token_id = tokenizer.pad_token_id
+    return transformers.BertForMaskedLM(config)
 
 
 def _load_trained(name: str) -> transformers.PreTrainedModel:
-    """A Hugging Face folder's or Hub model's weights, ready to train. What lacks an output head gets a new one, and says so."""
+    """A Hugging Face folder's or Hub model's weights, ready to train. A missing output head is replaced by a new one, with a
+    warning."""
     try:
         model, found = transformers.AutoModelForMaskedLM.from_pretrained(
-            name, dtype=torch.float32, local_files_only=Path(name).exists(), output_loading_info=True,
+            name,
+            dtype=torch.float32,
+            local_files_only=Path(name).exists(),
+            output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
-        )  # fmt: skip
+        )
     except Exception as error:  # OSError, SafetensorError, RuntimeError, pickle's own ...: all say what is wrong with the file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f'pretrain.model="{name}": its weights cannot be loaded ({reason})') from None
@@ -150,23 +181,38 @@ def _load_trained(name: str) -> transformers.PreTrainedModel:
     return model.train()
 
 
-def _take_importance(model: transformers.PreTrainedModel, trained: str) -> None:
-    """Continue with the importance table that an earlier run left beside the weights, if the run's policy can."""
-    if not state_of(model).has_table:
-        return
+def _check_tokenizer(
+    config: transformers.PreTrainedConfig, tokenizer: transformers.PreTrainedTokenizerBase, trained: str
+) -> None:
+    """ConfigError unless a trained model and its tokenizer number the same tokens."""
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(f'pretrain.model="{trained}" embeds {config.vocab_size} ids, its tokenizer has {len(tokenizer)}')
+    if FIRST_POSITION[config.model_type] == "after padding" and config.pad_token_id != tokenizer.pad_token_id:
+        raise ConfigError(
+            f'pretrain.model="{trained}": pad_token_id is {config.pad_token_id} in config.json, '
+            f"{tokenizer.pad_token_id} in its tokenizer, and positions count from it: they must agree"
+        )
+
+
+def _method(run: RunConfig, packed: data.PackedData) -> ScTDConfig:
+    """The run's method, with what its data decides."""
+    config = run.sctd.model_copy(update={"labels_per_row": labels_per_row(run, packed)})
+    if config.keep_token_ids == "auto":
+        config = config.model_copy(update={"keep_token_ids": special_ids(packed.tokenizer)})
+    return config
+
+
+def _continue_table(model: transformers.PreTrainedModel, trained: str) -> None:
+    """Continue with the importance table that an earlier run left beside the weights, if the run's policy can use it."""
     try:
         table = read_importance(trained)
     except ValueError as error:
         raise ConfigError(f'pretrain.model="{trained}": {error}') from None
     policy = importance(model)
     if table is None:
-        logger.info("%s has no importance table: it starts anew", trained)
+        logger.info("%s has no importance table: a new one is learned", trained)
     elif policy.adopt(table.policy, table.scores):
         logger.info("importance table: that of %s", trained)
     else:
-        logger.info('%s has an importance table of "%s": this run\'s, of "%s", starts anew', trained, table.policy, policy.name)
-
-
-def labels_per_row(run: RunConfig, packed: data.PackedData) -> int:
-    """Labelled tokens of a full row: a fixed number, so that shapes are static."""
-    return data.Masker(packed.tokenizer, 0, run.pretrain.mlm_probability).labels_per_row(run.pretrain.seq_length)
+        message = '%s has an importance table of "%s": this run learns a new one, of "%s"'
+        logger.info(message, trained, table.policy, policy.name)
