@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 if TYPE_CHECKING:
     pass
@@ -46,6 +46,14 @@ class ScTDConfig(_Block):
     """Which KL terms are learned: KL_l + KL_{l-1}, KL_l alone (L_SCg), or KL_{l-1} alone (L_SCl); for ablations (Table 4)."""
     align_schedule: Literal["interval", "spread"] = "interval"
     """"interval": whole steps align (the paper); "spread": in every step the rows r with (r + t) % interval == 0 do."""
+    dense_start: int | float = Field(0, ge=0)
+    """How long training is dense before it drops tokens: optimizer steps, or a share (0 < x < 1) of the run's steps. 0: the
+    paper. The dense steps' losses fill the importance table."""
+    dense_finish: int | float = Field(0, ge=0)
+    """How long training is dense at its end, likewise."""
+    total_steps: int | None = Field(None, ge=1)
+    """Optimizer steps of the whole run, from which shares and `dense_finish` count. pretrain.py and the Trainer callback set
+    it; a loop of your own that uses them has to."""
     recompute_align: bool = False
     """In align steps, run the dropped pass's layers again in backward instead of keeping their activations: an align step
     then fits where a dense step does, for about 7 % more work in these steps."""
@@ -65,6 +73,13 @@ class ScTDConfig(_Block):
     labels_per_row: int | None = Field(None, ge=1)
     """Upper bound of labelled tokens per row. Set, every shape is static and a step never waits for the device; a row with
     more labels makes the loss NaN. Unset, each forward reads the largest count back from the device. pretrain.py sets it."""
+
+    @field_validator("dense_start", "dense_finish", mode="before")
+    @classmethod
+    def _steps_or_share(cls, value: Any) -> Any:
+        if isinstance(value, bool) or (isinstance(value, float) and not (0 < value < 1 or value == 0)):
+            raise ValueError("expected a whole number of optimizer steps, or a share of the run between 0 and 1")
+        return value
 
 
 class PretrainConfig(_Block):
