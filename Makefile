@@ -1,9 +1,10 @@
-# demo: install and pretrain a tiny BERT on text that Python carries. test: everything CI runs. Both need Python 3.11+, gcc and make.
+# demo: install, and pretrain a tiny BERT on text that Python contains. test: everything that CI runs.
+# Both need Python 3.11 or newer, gcc and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
-# Threads that spin while they wait take the cores from whatever else runs on the machine.
+# Threads that spin while they wait take cores from everything else on the machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test check format kernels-compile kernels-compile-oldest clean
@@ -26,12 +27,12 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The kernel tests run in a process of their own: Triton's interpreter must be chosen before Triton is imported.
+# The kernel tests need their own process: Triton's interpreter must be chosen before Triton is imported.
 test: check kernels-compile
 	$(BIN)/python -m pytest -q tests/kernels
 	$(BIN)/python -m pytest -q --ignore=tests/kernels
 
-# Cubins for sm_80 and sm_90, no GPU needed: with the installed Triton, and with the oldest one we support.
+# Builds cubins for sm_80 and sm_90 without a GPU, with the installed Triton or with the oldest supported one.
 kernels-compile: $(VENV)/installed
 	$(BIN)/python -W ignore kernels/compile_all.py
 
