@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     pass
 from sctd_ds.config import BERT_SIZES, ConfigError, PretrainConfig, ScTDConfig, replicas
 from sctd_ds.deepspeed_json import check_deepspeed, check_layout, check_top_level, json_block, leaves, read_json
+from sctd_ds.method.schedule import dropping_phase
 
 # "auto" values that this project resolves itself (see `load`); anywhere else "auto" is refused.
 _RESOLVED_AUTO = {
@@ -51,7 +52,11 @@ class RunConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every setting under its dotted key: what a checkpoint stores and a resumed run is compared with."""
-        blocks = {**self.deepspeed, "sctd": self.sctd.model_dump(), "pretrain": self.pretrain.model_dump()}
+        blocks = {
+            **self.deepspeed,
+            "sctd": self.sctd.model_dump(exclude={"total_steps"}),
+            "pretrain": self.pretrain.model_dump(),
+        }
         return {".".join(path): value for path, value in leaves(blocks)}
 
 
@@ -68,6 +73,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), 
 
     sctd = ScTDConfig(**json_block(raw, "sctd"))
     pretrain = PretrainConfig(**json_block(raw, "pretrain"))
+    sctd = _count_phases(sctd, pretrain)
     if pretrain.tokenizer and pretrain.trained_model:
         raise ConfigError(
             f'pretrain.tokenizer="{pretrain.tokenizer}", but the trained model {pretrain.trained_model} brings its own: '
@@ -83,6 +89,15 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), 
     _resolve_schedule(deepspeed, pretrain)
     notes = _resolve_precision(deepspeed, pretrain)
     return RunConfig(name, deepspeed, sctd, pretrain, micro, accumulation, world_size, notes)
+
+
+def _count_phases(sctd: ScTDConfig, pretrain: PretrainConfig) -> ScTDConfig:
+    """The method, told the length of the run. Raises ConfigError for dense phases that leave no step to drop tokens in."""
+    if sctd.total_steps not in (None, pretrain.steps):
+        raise ConfigError(f"sctd.total_steps={sctd.total_steps}, but pretrain.steps={pretrain.steps}: remove sctd.total_steps")
+    sctd = sctd.model_copy(update={"total_steps": pretrain.steps})
+    dropping_phase(sctd)
+    return sctd
 
 
 def _replicas(config: Mapping[str, Any], pretrain: PretrainConfig, ranks: int) -> int:
