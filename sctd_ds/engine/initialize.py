@@ -22,9 +22,15 @@ ENGINES: dict[type, type] = {DeepSpeedEngine: ScTDEngine, PipelineEngine: ScTDPi
 """The engines that `deepspeed.initialize` builds, and what they become."""
 
 
-def initialize(args: Any = None, model: torch.nn.Module | None = None, *rest: Any,
-               config: Any = None, config_params: Any = None, sctd_config: ScTDConfig | Mapping[str, Any] | None = None,
-               **kwargs: Any) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    *rest: Any,
+    config: Any = None,
+    config_params: Any = None,
+    sctd_config: ScTDConfig | Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Any, Any, Any]:
     """deepspeed.initialize for a model that trains with token dropping: same arguments, same four values.
 
     The method comes from `sctd_config`, or from the "sctd" block of the DeepSpeed configuration (`config`, `config_params`

@@ -48,8 +48,16 @@ class Encoder:
         self._layer = torch.compile(self.adapter.layer, dynamic=False, **options)
         self._compile_options = options
 
-    def run(self, index: int, queries: Tensor, context: Tensor, mask: Tensor | None, query_at: Tensor | None = None,
-            context_at: Tensor | None = None, recompute: bool = False) -> Tensor:  # fmt: skip
+    def run(
+        self,
+        index: int,
+        queries: Tensor,
+        context: Tensor,
+        mask: Tensor | None,
+        query_at: Tensor | None = None,
+        context_at: Tensor | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
         """Layer `index`: queries [B, Q, d] attend to context [B, C, d]; mask [B, C], 0 at padding, or None.
 
         query_at, context_at: the positions of these tokens in the row, [B, Q] and [B, C], for layers that depend on them;
