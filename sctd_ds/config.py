@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 
 class ConfigError(ValueError):
@@ -66,6 +66,14 @@ class ScTDConfig(_Block):
     """Which KL terms are learned: KL_l + KL_{l-1}, KL_l alone (L_SCg), or KL_{l-1} alone (L_SCl); for ablations (Table 4)."""
     align_schedule: Literal["interval", "spread"] = "interval"
     """"interval": whole steps align (the paper); "spread": in every step the rows r with (r + t) % interval == 0 do."""
+    dense_start: int | float = Field(0, ge=0)
+    """How long training is dense before it drops tokens: optimizer steps, or a share (0 < x < 1) of the run's steps. 0: the
+    paper. The dense steps' losses fill the importance table."""
+    dense_finish: int | float = Field(0, ge=0)
+    """How long training is dense at its end, likewise."""
+    total_steps: int | None = Field(None, ge=1)
+    """Optimizer steps of the whole run, from which shares and `dense_finish` count. pretrain.py and the Trainer callback set
+    it; a loop of your own that uses them has to."""
     recompute_align: bool = False
     """Align steps run the dropped pass's layers again in backward instead of keeping their activations. They then need about
     a dense step's memory, and do about 7 % more work."""
@@ -85,6 +93,13 @@ class ScTDConfig(_Block):
     labels_per_row: int | None = Field(None, ge=1)
     """Upper bound of labelled tokens per row; pretrain.py sets it. With a bound, every shape is static, a step never waits for
     the device, and a row with more labels makes the loss NaN. Without, each forward reads the largest count from the device."""
+
+    @field_validator("dense_start", "dense_finish", mode="before")
+    @classmethod
+    def _steps_or_share(cls, value: Any) -> Any:
+        if isinstance(value, bool) or (isinstance(value, float) and not (0 < value < 1 or value == 0)):
+            raise ValueError("expected a whole number of optimizer steps, or a share of the run between 0 and 1")
+        return value
 
 
 class PretrainConfig(_Block):
@@ -166,6 +181,9 @@ REMOVED_KEYS = {
 }
 """Dotted keys of the two blocks."""
 
+NEW_KEYS = {"sctd.dense_start": 0, "sctd.dense_finish": 0}
+"""Keys that checkpoints of earlier versions lack, and what runs did then."""
+
 
 _RECORDING = frozenset(
     """
@@ -210,8 +228,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Iter
         if any(key == name or key.startswith(name + ".") for name in free):
             continue
         if removed is None:
-            if old.get(key) != new.get(key):
-                lines.append(f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}")
+            before, now = old.get(key, NEW_KEYS.get(key, "unset")), new.get(key, "unset")
+            if before != now:
+                lines.append(f"{key}: {before} -> {now}")
         elif removed.always not in (None, old.get(key, removed.always)):
             lines.append(f"{key}: {old[key]} -> removed, now always {removed.always} ({removed.why})")
     return lines

@@ -480,14 +480,26 @@ def test_skipped_step_leaves_the_table_alone() -> None:
     assert torch.equal(sctd_ds.importance(model).scores, case.scores())
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["dense", "eval"])
-def test_full_passes_alone_teach_the_table_nothing(training: bool) -> None:
+def test_a_dense_step_of_a_dropping_run_teaches_the_table() -> None:
     case = CASES[0]
-    model, _ = converted(case, Method(mode="dense" if training else "drop"))
-    model.train(training)
+    model, _ = converted(case, Method(mode="dense"), decay=0.5)
+    pairs = reference(model, case, Method(mode="dense")).label_losses
     model(**inputs(case.batch()))
     sctd_ds.importance(model).update()
-    assert torch.equal(sctd_ds.importance(model).scores, case.scores())
+    assert_table(model, oracle.updated_table(case.scores(), [pairs], 0.5, KEPT_IDS))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["dense method", "evaluation"])
+def test_a_dense_model_and_evaluation_teach_the_table_nothing(training: bool) -> None:
+    case = CASES[0]
+    model, _ = converted(case, Method(mode="dense" if training else "drop"))
+    if training:
+        sctd_ds.convert(model, sctd_ds.ScTDConfig(method="dense"))
+    model.train(training)
+    before = sctd_ds.importance(model).scores.clone()
+    model(**inputs(case.batch()))
+    sctd_ds.importance(model).update()
+    assert torch.equal(sctd_ds.importance(model).scores, before)
 
 
 # Nothing in a step waits for the device

@@ -16,7 +16,7 @@ from torch import Tensor
 from sctd_ds.engine.random_state import file_of, random_state, set_random_state
 from sctd_ds.method.convert import state_of
 from sctd_ds.method.objective import PARTS
-from sctd_ds.method.schedule import Mode, step_mode
+from sctd_ds.method.schedule import Mode, dropping_phase, step_mode
 from sctd_ds.method.state import ScTD
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class StepLogic(DeepSpeedEngine):
 
     def _attach(self) -> None:
         self.sctd: ScTD = state_of(self.module)
+        dropping_phase(self.sctd.config)  # refuses dense phases that cannot be counted, before the first step
         self.stop_requested = False
         """Set on any rank, at any time: after the next step `stop_agreed` is true on all ranks."""
         self.stop_agreed = False

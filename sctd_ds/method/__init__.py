@@ -1,6 +1,6 @@
 """The method, without DeepSpeed: when, which, where, how many, and what is learned.
 
-    schedule    when: the mode of a step, and the rows it aligns
+    schedule    when: the mode of each step, and the rows it aligns
     selection   which: token importance, and the tokens that are kept
     plan        where: the layers that see all tokens, and those that see the kept ones
     flops       how many: the floating-point operations of a step

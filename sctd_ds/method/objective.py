@@ -30,7 +30,7 @@ class Objective:
 
 
 def compute(state: ScTD, streams: Streams) -> Objective:
-    """The objective of one micro-batch, whose token losses in the dropped pass also go to the importance table.
+    """The objective of one micro-batch. The importance table gets the token losses of the dropped pass, or of a dense step.
 
     A sentence-level loss of the model is added once, with weight 1, from the dropped pass where there is one. The loss is
     NaN where a row has more labels than `labels_per_row`.
@@ -57,9 +57,12 @@ def compute(state: ScTD, streams: Streams) -> Objective:
 
 
 def _dense(state: ScTD, streams: Streams, labelled: Labelled) -> Terms:
-    """CE(full)."""
+    """CE(full). In a run that drops tokens at other times, its token losses go to the importance table."""
     assert streams.full_pass is not None
-    loss = token_losses(state, streams.full_pass, labelled).sum() / labelled.count
+    losses = token_losses(state, streams.full_pass, labelled)
+    if state.plan.drops:
+        _record(state, labelled, losses)
+    loss = losses.sum() / labelled.count
     return loss, {"ce_full": loss}
 
 
@@ -95,11 +98,16 @@ def _align(state: ScTD, streams: Streams, labelled: Labelled) -> Terms:
 
 
 def _dropped_losses(state: ScTD, streams: Streams, labelled: Labelled) -> Tensor:
-    """Token losses of the dropped pass [B, M], from which the importance table learns."""
+    """Token losses of the dropped pass [B, M], which go to the importance table."""
     assert streams.dropped_pass is not None
     losses = token_losses(state, streams.dropped_pass, labelled)
-    state.importance.record(labelled.targets.flatten(), losses.detach().flatten(), state.adapter.ignore_index)
+    _record(state, labelled, losses)
     return losses
+
+
+def _record(state: ScTD, labelled: Labelled, losses: Tensor) -> None:
+    """Let the importance table learn from token losses [B, M]."""
+    state.importance.record(labelled.targets.flatten(), losses.detach().flatten(), state.adapter.ignore_index)
 
 
 def token_losses(state: ScTD, states: Pass, labelled: Labelled) -> Tensor:

@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from sctd_ds.config import BERT_SIZES, Block, ConfigError, PretrainConfig, ScTDConfig, json_block, leaves, read_json
 from sctd_ds.deepspeed_json import check, replicas, zero_stage
 from sctd_ds.integrations import apex
+from sctd_ds.method.schedule import dropping_phase
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class RunConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every setting under its dotted key: what a checkpoint stores and a resumed run is compared with."""
-        blocks = {**self.deepspeed, "sctd": self.sctd.model_dump(), "pretrain": self.pretrain.model_dump()}
+        sctd = self.sctd.model_dump(exclude={"total_steps"})  # it is pretrain.steps
+        blocks = {**self.deepspeed, "sctd": sctd, "pretrain": self.pretrain.model_dump()}
         if self.apex_optimizer is not None:
             blocks["optimizer"] = self.apex_optimizer
         return {".".join(path): value for path, value in leaves(blocks)}
@@ -77,8 +79,8 @@ def load(
     raw.setdefault("pretrain", {})
     check(raw)
     deepspeed = {key: value for key, value in raw.items() if key not in ("sctd", "pretrain")}
-    sctd = ScTDConfig(**json_block(raw, "sctd"))
     pretrain = PretrainConfig(**json_block(raw, "pretrain"))
+    sctd = _count_phases(ScTDConfig(**json_block(raw, "sctd")), pretrain.steps)
     if method not in (None, sctd.method):
         raise ConfigError(f'--method {method}, but --set makes sctd.method "{sctd.method}": use one of them')
     if pretrain.tokenizer and pretrain.trained_model:
@@ -94,6 +96,15 @@ def load(
     optimizer = _take_apex_optimizer(deepspeed)
     notes = _resolve_precision(deepspeed) + _warnings(deepspeed, optimizer)
     return RunConfig(name, deepspeed, sctd, pretrain, micro, accumulation, pipelines, optimizer, notes)
+
+
+def _count_phases(sctd: ScTDConfig, steps: int) -> ScTDConfig:
+    """The method, told the length of the run. Raises ConfigError for dense phases that leave no step to drop tokens in."""
+    if sctd.total_steps not in (None, steps):
+        raise ConfigError(f"sctd.total_steps={sctd.total_steps}, but pretrain.steps={steps}: remove sctd.total_steps")
+    sctd = sctd.model_copy(update={"total_steps": steps})
+    dropping_phase(sctd)
+    return sctd
 
 
 def _apply_override(raw: Block, item: str) -> None:
