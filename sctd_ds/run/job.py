@@ -69,7 +69,9 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
     return ranks.on_all(load)
 
 
-def make_batches(run: RunConfig, packed: data.PackedData, rank: int) -> tuple[data.Loader, Callable[[], Iterator[data.Batch]]]:
+def make_batches(
+    run: RunConfig, packed: data.PackedData, rank: int
+) -> tuple[data.Loader, Callable[[], Iterator[data.MicroBatch]]]:
     """This rank's training batches, and a function that gives its validation batches, the same ones each time."""
     options = run.pretrain
     masker = data.Masker(packed.tokenizer, options.seed, options.mlm_probability)
