@@ -17,7 +17,7 @@ from benchmarks.ablate import SWEEPS, configured, plan, tabulate
 from benchmarks.ablation_tables import BEGAN, PAPER, Run, in_order, measured, operations, score
 from sctd_ds import ConfigError, ScTDConfig, data
 from sctd_ds.config import RUN_ONLY_KEYS
-from sctd_ds.eval import synthetic as twins
+from sctd_ds.eval import synthetic
 from sctd_ds.integrations.export import ImportanceTable, read_importance
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 from sctd_ds.method.schedule import MODES, mean_cost
@@ -314,10 +314,10 @@ def test_a_sweep_is_scored_along_its_run(tmp_path, small_data, monkeypatch, caps
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name)  # transformers would take them for a launcher's
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    twins.write_twins(tmp_path / "twins", train=24, validation=12)
+    synthetic.write(tmp_path / "tasks", train=24, validation=12)
     out = tmp_path / "out"
     config = write_settings(tmp_path / "run.json", pretrain={"steps": 8})
-    command = ["--config", str(config), "--out", str(out), "--data", str(small_data), "--data-dir", str(tmp_path / "twins")]
+    command = ["--config", str(config), "--out", str(out), "--data", str(small_data), "--data-dir", str(tmp_path / "tasks")]
     command += ["--sweep", "method", "--variants", "sctd", "--seeds", "1", "--points", "2"]
     command += ["--tasks", "rte", "--eval-arguments", "--max-steps 1"]
     assert ablate.main(command) == 0
@@ -329,7 +329,7 @@ def test_a_sweep_is_scored_along_its_run(tmp_path, small_data, monkeypatch, caps
     assert all(float(row["mean of tasks"]) == scored[row["step"]]["rte"] for row in curve)
     (result,) = rows_of(out / "results.csv")
     assert result["mean of tasks"] == curve[-1]["mean of tasks"] and (out / "method.png").stat().st_size > 10_000
-    assert "synthetic twins" in capsys.readouterr().out
+    assert "synthetic tasks" in capsys.readouterr().out
 
     # The last checkpoint is the exported model, bit for bit, and so is the table.
     last = ablate.export_point(run, 8)

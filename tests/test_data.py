@@ -490,21 +490,21 @@ def test_prepare_by_several_processes_builds_once(texts, tmp_path):
 def test_masking_follows_the_rule_of_transformers_collator(tokenizer):
     rows = np.array(make_rows(4000, seq_length=64)["input_ids"])
     masker = Masker(tokenizer, seed=3)
-    ours = masker(rows, [(0, i) for i in range(len(rows))])
+    found = masker(rows, [(0, i) for i in range(len(rows))])
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=3)
-    theirs = collator([{"input_ids": row.tolist()} for row in rows])
+    expected = collator([{"input_ids": row.tolist()} for row in rows])
 
     def shares(ids, labels):
         chosen = labels != -100
         kept, masked = ids[chosen] == labels[chosen], ids[chosen] == SPECIAL["mask"]
         return np.array([chosen.mean(), masked.mean(), kept.mean(), (~masked & ~kept).mean()])
 
-    ours = shares(*ours)
-    theirs = shares(theirs["input_ids"].numpy(), theirs["labels"].numpy())
-    assert ours[0] == 9 / 64  # round(0.15 * 62) of 64, exactly
-    assert np.abs(ours[1:] - [0.8, 0.1, 0.1]).max() < 0.008  # 36,000 labels: four standard errors
-    assert np.abs(ours[1:] - theirs[1:]).max() < 0.012
-    assert abs(ours[0] - theirs[0]) < 0.012
+    found = shares(*found)
+    expected = shares(expected["input_ids"].numpy(), expected["labels"].numpy())
+    assert found[0] == 9 / 64  # round(0.15 * 62) of 64, exactly
+    assert np.abs(found[1:] - [0.8, 0.1, 0.1]).max() < 0.008  # 36,000 labels: four standard errors
+    assert np.abs(found[1:] - expected[1:]).max() < 0.012
+    assert abs(found[0] - expected[0]) < 0.012
 
 
 def test_every_position_and_every_word_has_its_turn(tokenizer):

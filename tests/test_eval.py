@@ -1,4 +1,4 @@
-"""Evaluation: data and its errors, metrics against cases worked out by hand, and every task end to end on its twin."""
+"""Evaluation: data and its errors, metrics against cases computed by hand, and every synthetic task end to end."""
 
 import json
 import os
@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sctd_ds.eval import EvalError, analysis, baseline, finetune, glue_average, report, scores, sources
-from sctd_ds.eval import synthetic as twins
+from sctd_ds.eval import EvalError, analysis, baseline, finetune, glue_average, report, scores, sources, synthetic
 from sctd_ds.eval.__main__ import main
 from sctd_ds.eval.finetune import Limits
 from sctd_ds.eval.grammar import Language
@@ -38,9 +37,9 @@ def one_process(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def twin_data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("twins")
-    twins.write_twins(folder, train=120, validation=60)
+def synthetic_data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic")
+    synthetic.write(folder, train=120, validation=60)
     return folder
 
 
@@ -208,12 +207,12 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_twins_have_the_real_schema_and_balanced_labels(name, twin_data):
+def test_synthetic_tasks_have_the_real_schema_and_balanced_labels(name, synthetic_data):
     task = TASKS[name]
     for split in ("train", *task.splits):
-        raw = [json.loads(line) for line in (twin_data / name / f"{split}.jsonl").read_text().splitlines()]
+        raw = [json.loads(line) for line in (synthetic_data / name / f"{split}.jsonl").read_text().splitlines()]
         assert all(set(row) == set(REAL[name].split()) for row in raw if name in REAL)
-        rows = sources.load(task, split, twin_data)
+        rows = sources.load(task, split, synthetic_data)
         if task.classes:
             counts = [sum(row[task.label] == i for row in rows) for i in range(len(task.classes))]
             assert min(counts) == max(counts)
@@ -231,7 +230,7 @@ def test_a_bag_of_words_is_where_the_docs_say(name):
     task, language = TASKS[name], Language()
     data = {}
     for split, count in {"train": 1500, task.splits[0]: 800}.items():
-        rows = enumerate(twins.twin(name, split, count, language))
+        rows = enumerate(synthetic.generate(name, split, count, language))
         data[split] = list(sources.check(task, ((str(i), row) for i, row in rows), name))
     found = baseline.bag_of_words(task, data)
     if name in CLOSED:  # four standard deviations of 800 guesses
@@ -264,11 +263,11 @@ def test_the_bag_of_words_is_a_real_opponent():
     assert baseline.bag_of_words(TASKS["squad_v2"], {"train": asked, "validation": asked}) == {"answerable": 100}
 
 
-def test_the_command_tells_what_words_know(twin_data, capsys):
-    assert main(["bag-of-words", "--data-dir", str(twin_data), "--tasks", "cola,mnli,squad,conll03,tense"]) == 0
+def test_the_command_tells_what_words_know(synthetic_data, capsys):
+    assert main(["bag-of-words", "--data-dir", str(synthetic_data), "--tasks", "cola,mnli,squad,conll03,tense"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7 and lines[2].startswith("| CoLA | mcc ") and ", accuracy " in lines[2]
-    assert lines[3].startswith("| MNLI | accuracy ") and lines[4] == "| SQuAD v1 | not asked |"
+    assert lines[3].startswith("| MNLI | accuracy ") and lines[4] == "| SQuAD v1 | not scored |"
     assert lines[5].startswith("| CoNLL03 | f1 ") and lines[6].startswith("| probe tense | accuracy ")
     assert main(["bag-of-words", "--tasks", "colla"]) == 2
 
@@ -281,7 +280,7 @@ def test_every_file_format_gives_the_same_rows(suffix, tmp_path):
     import pyarrow.parquet
 
     task = TASKS["conll03" if suffix == "conll" else "rte"]
-    rows = twins.twin(task.name, "train", 10)
+    rows = synthetic.generate(task.name, "train", 10)
     path = tmp_path / task.name / f"train.{suffix}"
     path.parent.mkdir()
     if suffix == "parquet":
@@ -315,7 +314,7 @@ def test_every_file_format_gives_the_same_rows(suffix, tmp_path):
         ("rte", "", "has no rows; columns: sentence1, sentence2; label"),
         ("stsb", '{"sentence1": "a", "sentence2": "b", "label": 9}', "expected a number from 0 to 5"),
         ("copa", '{"premise": "a", "choice1": "b", "choice2": "c", "question": "why", "label": 0}', "cause or effect"),
-        ("squad", '{"context": "a and b", "question": "c", "answers": {"text": ["b"], "answer_start": [0]}}', "stand in the"),
+        ("squad", '{"context": "a and b", "question": "c", "answers": {"text": ["b"], "answer_start": [0]}}', "occur in the"),
         ("squad", '{"context": "a b", "question": "c", "answers": {"text": [], "answer_start": []}}', "at least one"),
         ("conll03", '{"tokens": ["a", "b"], "ner_tags": ["O"]}', "for each of 2 tokens"),
         ("conll03", '{"tokens": ["a"], "ner_tags": [3]}', "with names in labels.json"),
@@ -345,9 +344,9 @@ def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
         sources.load_probe("tense", tmp_path)
 
 
-def test_probe_files_are_read_and_checked(twin_data, tmp_path):
+def test_probe_files_are_read_and_checked(synthetic_data, tmp_path):
     for name, (file, labels) in PROBES.items():
-        loaded = sources.load_probe(name, twin_data)
+        loaded = sources.load_probe(name, synthetic_data)
         assert [len(loaded[split]) for split in ("train", "validation", "test")] == [120, 60, 60]
         assert {label for rows in loaded.values() for label, _ in rows} == set(labels)
         rows = [f"{part}\t{label}\tan older column\tone\x85two \u2028 .\n" for part in ("tr", "va", "te") for label in labels]
@@ -364,7 +363,7 @@ def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, mo
     import huggingface_hub
 
     asked = []
-    names = ["O", *(f"{part}-{kind}" for kind in twins.ENTITY_TYPES["ontonotes"] for part in "BI")]
+    names = ["O", *(f"{part}-{kind}" for kind in synthetic.ENTITY_TYPES["ontonotes"] for part in "BI")]
     tags = {name: number for number, name in enumerate(names)}
     conll = datasets.ClassLabel(names=["O", "B-PER", "I-PER", "B-ORG", "B-LOC"])
 
@@ -372,12 +371,12 @@ def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, mo
         asked.append(repo if data_files is None else [Path(file).name for file in data_files])
         if repo == "nyu-mll/glue":
             assert config == "rte"
-            return datasets.Dataset.from_list(twins.twin("rte", split, 20))
+            return datasets.Dataset.from_list(synthetic.generate("rte", split, 20))
         if repo == "lhoestq/conll2003":
-            rows = [{**row, "ner_tags": conll.str2int(row["ner_tags"])} for row in twins.twin("conll03", split, 20)]
+            rows = [{**row, "ner_tags": conll.str2int(row["ner_tags"])} for row in synthetic.generate("conll03", split, 20)]
             columns = {"id": datasets.Value("string"), "tokens": datasets.List(datasets.Value("string"))}
             return datasets.Dataset.from_list(rows, features=datasets.Features(**columns, ner_tags=datasets.List(conll)))
-        rows = twins.twin("ontonotes", "train" if "train00.json" in asked[-1] else "validation", 20)
+        rows = synthetic.generate("ontonotes", "train" if "train00.json" in asked[-1] else "validation", 20)
         return datasets.Dataset.from_list([{**row, "tags": [tags[tag] for tag in row["tags"]]} for row in rows])
 
     def download(repo, name, repo_type, local_files_only):
@@ -398,7 +397,7 @@ def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, mo
     assert sources.load(TASKS["rte"], "train", tmp_path / "data")[3]["label"] == 1
     for name in ("conll03", "ontonotes"):
         task = TASKS[name]
-        expected = [row[task.label] for row in twins.twin(name, "train", 20)]
+        expected = [row[task.label] for row in synthetic.generate(name, "train", 20)]
         assert [row[task.label] for row in sources.load(task, "train", tmp_path / "data")] == expected
     sources.fetch(tasks, tmp_path / "data", said.append)
     assert asked == []  # what is there is not fetched again
@@ -412,14 +411,14 @@ def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, mo
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_runs_end_to_end(name, twin_data, model_folder):
+def test_every_task_runs_end_to_end(name, synthetic_data, model_folder):
     task = TASKS[name]
-    result = finetune.finetune(Model("tiny", str(model_folder)), task, finetune.load_data(task, twin_data, False), 0, TINY)
+    result = finetune.finetune(Model("tiny", str(model_folder)), task, finetune.load_data(task, synthetic_data, False), 0, TINY)
     assert set(task.metrics) <= set(result)
     assert all(-100 <= value <= 100 for value in result.values())
 
 
-def test_fine_tuning_learns(twin_data, model_folder):
+def test_fine_tuning_learns(synthetic_data, model_folder):
     """A task that one word decides, with a rate for a tiny model: it must be learned, and not by the labels leaking."""
     rows = [{"sentence": f"the {w} was {w}", "label": i % 2} for i, w in enumerate(["near", "behind"] * 60)]
     task = finetune.with_recipe(TASKS["sst2"], learning_rate=3e-3, steps=40, batch=16)
@@ -430,9 +429,9 @@ def test_fine_tuning_learns(twin_data, model_folder):
     assert guessed["accuracy"] < 85
 
 
-def test_outcomes_are_stored_per_seed_and_never_mixed(twin_data, model_folder, tmp_path, monkeypatch):
+def test_outcomes_are_stored_per_seed_and_never_mixed(synthetic_data, model_folder, tmp_path, monkeypatch):
     task, store = TASKS["cb"], tmp_path / "cb" / "seed0.json"
-    data = finetune.load_data(task, twin_data, False)
+    data = finetune.load_data(task, synthetic_data, False)
     model = Model("tiny", str(model_folder))
     first = finetune.finetune(model, task, data, 0, TINY, store)
     assert first == finetune.finetune(model, task, data, 0, TINY)  # the seed decides everything
@@ -443,11 +442,11 @@ def test_outcomes_are_stored_per_seed_and_never_mixed(twin_data, model_folder, t
 
 
 def test_few_shots_are_counted_in_mentions():
-    rows = twins.twin("ontonotes", "train", 3000)
+    rows = synthetic.generate("ontonotes", "train", 3000)
     task = TASKS["ontonotes"]
     chosen = finetune.few_shot(rows, task, seed=1)
     counts = {
-        kind: sum(tag == f"B-{kind}" for row in chosen for tag in row["tags"]) for kind in twins.ENTITY_TYPES["ontonotes"]
+        kind: sum(tag == f"B-{kind}" for row in chosen for tag in row["tags"]) for kind in synthetic.ENTITY_TYPES["ontonotes"]
     }
     assert min(counts.values()) >= 32 and sorted(counts.values())[0] < 40
     assert chosen == finetune.few_shot(rows, task, seed=1) != finetune.few_shot(rows, task, seed=2)
@@ -458,7 +457,7 @@ def test_answers_are_found_in_windows(model_folder):
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
-    rows = twins.twin("squad_v2", "validation", 30)
+    rows = synthetic.generate("squad_v2", "validation", 30)
     head = finetune.Spans(TASKS["squad_v2"], tokenizer, 32, {})
     windows, training = head.examples(rows, training=False), head.examples(rows, training=True)
     assert len(windows) == len(training) > len(rows)
@@ -488,9 +487,9 @@ def test_folders_that_are_no_models_are_named(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing/folder", "no such folder, nor a Hub name that can be reached ("),
-        ("missing", "no such folder, nor a Hub name that can be reached ("),
-        ("a/b/c", "no such folder, nor a Hub name that can be reached (Repo id"),
+        ("missing/folder", "no such folder, nor a reachable Hub name ("),
+        ("missing", "no such folder, nor a reachable Hub name ("),
+        ("a/b/c", "no such folder, nor a reachable Hub name (Repo id"),
         (f"{Path(__file__).parent}/missing", "no such folder; expected"),
         (__file__, "no such folder; expected"),
     ],
@@ -818,11 +817,11 @@ def test_pretraining_beats_a_bag_of_words_on_a_probe(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trial(model_folder, run_folder, twin_data, tmp_path_factory) -> tuple[list[str], Path]:
+def trial(model_folder, run_folder, synthetic_data, tmp_path_factory) -> tuple[list[str], Path]:
     out = tmp_path_factory.mktemp("out")
     command = [f"one={model_folder}", str(run_folder[0]), "--suite", "drift", "--tasks", "sick,mrpc,tense",
                "--sentence-encoder", str(model_folder),
-               "--data-dir", str(twin_data), "--seeds", "2", "--max-steps", "1", "--max-train", "40", "--max-eval", "20",
+               "--data-dir", str(synthetic_data), "--seeds", "2", "--max-steps", "1", "--max-train", "40", "--max-eval", "20",
                "--text", str(model_folder.parent / "text.txt"),
                "--length", "32", "--rows", "16", "--out", str(out / "eval")]  # fmt: skip
     return command, out / "eval"
@@ -833,7 +832,7 @@ def test_command_measures_reports_and_continues(trial, capsys, monkeypatch):
     assert main(command) == 0
     text = capsys.readouterr().out
     assert text.rstrip() == (out / "report.md").read_text().rstrip()
-    assert "synthetic twins" in text and "max steps 1" in text and "*paper" not in text
+    assert "synthetic tasks" in text and "max steps 1" in text and "*paper" not in text
     assert "| one |" in text and "| run |" in text and "| average | p |" in text
     assert "| run | 1 |" in text and "| run | 2 |" in text and "| one | 1 |" not in text
     assert {p.name for p in out.glob("*.png")} == {"tense.png", "drift.png", "drift_steps.png", "curves.png"}
@@ -853,7 +852,7 @@ def test_command_names_what_is_wrong(trial, tmp_path, capsys):
     for changed, message in (
         ([command[0], command[0], *command[2:]], "two models are called 'one'"),
         ([command[0].replace("one", "a/b"), command[0].replace("one", "a--b")], "two models are called 'a--b'"),
-        ([*command, "--tasks", "rte,mprc"], "mprc: unknown; there are cola"),
+        ([*command, "--tasks", "rte,mprc"], "mprc: unknown; choose from cola"),
         ([str(tmp_path), *command[2:]], "no config.json"),
         ([*command, "--max-steps", "2"], "another max_steps"),
         ([*command, "--data-dir", str(tmp_path)], "sick: no data"),
