@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sctd_ds.eval import EvalError, analysis, baseline, finetune, glue_average, report, scores, sources, synthetic
+from sctd_ds.eval import EvalError, analysis, baseline, finetune, report, scores, sources, synthetic
 from sctd_ds.eval.__main__ import main
 from sctd_ds.eval.finetune import Limits
 from sctd_ds.eval.grammar import Language
@@ -190,11 +190,15 @@ def test_squad_threshold_is_that_of_a_search_over_all():
     ids=["baseline", "sctd"],
 )
 def test_glue_average_is_formed_as_in_the_paper(row, average):
+    columns, _, _ = report.TABLES["GLUE (Table 2)"]
+    assert [task for task, _ in columns] == [task for task in SUITES["glue"] for _ in TASKS[task].metrics]
     values = iter(row)
-    table = {task: {metric: next(values) for metric in TASKS[task].metrics} for task in SUITES["glue"]}
-    assert glue_average(table) == pytest.approx(average, abs=0.005)
-    del table["rte"]
-    assert glue_average(table) is None  # an incomplete suite has no average
+    records = [
+        {"model": "m", "task": task, "settings": {"seed": 0}, "scores": {name: next(values) for name in TASKS[task].metrics}}
+        for task in SUITES["glue"]
+    ]
+    assert report.averages(records, "m", columns) == {0: pytest.approx(average, abs=0.005)}
+    assert report.averages([record for record in records if record["task"] != "rte"], "m", columns) == {}
 
 
 # Tasks and data.

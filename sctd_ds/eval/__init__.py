@@ -7,8 +7,7 @@
 It reads Hugging Face folders, without an engine; only the checkpoints of a run need DeepSpeed.
 """
 
-from sctd_ds.eval.scores import glue_average
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.tasks import SUITES, TASKS, Task
 
-__all__ = ["SUITES", "TASKS", "EvalError", "Task", "glue_average"]
+__all__ = ["SUITES", "TASKS", "EvalError", "Task"]

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sctd_ds.eval import scores
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 
 Cell = str | float | None
@@ -164,10 +163,10 @@ def averages(records: Sequence[Mapping[str, Any]], model: str, columns: Sequence
     seeds = [set(by_seed(records, model, task, metric)) for task, metric in columns]
     result = {}
     for seed in sorted(set.intersection(*seeds)):
-        values = {task: {m: by_seed(records, model, task, m)[seed] for m in names} for task, names in metrics.items()}
-        mean = scores.average(values, metrics)
-        assert mean is not None
-        result[seed] = mean
+        means = []
+        for task, names in metrics.items():
+            means.append(statistics.fmean(by_seed(records, model, task, name)[seed] for name in names))
+        result[seed] = statistics.fmean(means)
     return result
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import collections
-import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-from sctd_ds.eval.tasks import SUITES, TASKS
 
 
 def classification(gold: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
@@ -108,22 +105,6 @@ def _f1(answers: Sequence[str], guess: str) -> float:
         return 2 * common / (len(truth) + len(found))
 
     return max(one(answer) for answer in answers or [""])
-
-
-def average(scores: Mapping[str, Mapping[str, float]], metrics: Mapping[str, Sequence[str]]) -> float | None:
-    """Mean over tasks of the mean of each task's metrics; None unless all tasks are present.
-
-    scores: values by task and metric. metrics: those to average, by task.
-    """
-    if any(task not in scores for task in metrics):
-        return None
-    means = [math.fsum(scores[task][name] for name in names) / len(names) for task, names in metrics.items()]
-    return math.fsum(means) / len(metrics)
-
-
-def glue_average(scores: Mapping[str, Mapping[str, float]]) -> float | None:
-    """The paper's GLUE average. A task with two metrics (accuracy and F1, Pearson and Spearman, ...) counts their mean."""
-    return average(scores, {name: TASKS[name].metrics for name in SUITES["glue"]})
 
 
 def _same_length(gold: Sequence[Any], predicted: Sequence[Any]) -> None:
