@@ -89,7 +89,7 @@ BAD_ARGUMENTS = [
     ("gather_tokens", "kept", torch.Tensor.long, "kept must be int32, got int64: cast it"),
     ("gather_tokens", "slot", torch.Tensor.long, "slot must be int32, got int64: cast it"),
     ("gather_tokens", "kept", one_more, r"kept must be \[2, K\] with 1 <= K <= 6"),
-    ("gather_tokens", "kept", lambda x: x.repeat(1, 3), r"kept must be \[2, K\] with 1 <= K <= 6, to match x, got \[2, 9\]"),
+    ("gather_tokens", "kept", lambda x: x.repeat(1, 3), r"kept must be \[2, K\] with 1 <= K <= 6 to match x, got \[2, 9\]"),
     ("gather_tokens", "slot", one_more, r"slot must be \[2, 6\] like the first two dimensions of x, got \[3, 6\]"),
     ("gather_tokens", "kept", elsewhere, "kept is on meta but x is on"),
     ("merge_tokens", "y", half, "y must be float32, got float16"),
