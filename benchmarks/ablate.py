@@ -2,16 +2,16 @@
 
     python -m benchmarks.ablate --config ds_configs/tiny.json --out runs/ablation --sweep method --seeds 3
 
-Each variant and seed is an ordinary `pretrain.py` run from one base configuration. Finished runs are kept: the same command
-continues, more sweeps or seeds add to them, and a run that two sweeps share runs once. Runs that started on other data, or
-with other settings that rule out a comparison, are refused.
+Each variant and seed is an ordinary `pretrain.py` run from one base configuration. Finished runs are
+kept: the same command continues, more sweeps or seeds add to them, and a run that two sweeps share runs
+once. Runs that started on other data, or with other settings that rule out a comparison, are refused.
 
-Every run is measured by its validation loss (with all tokens, and with dropping), its step time, and, with --data-dir, a
-score: the mean over --tasks, each after fine-tuning, or without tasks over the probes. --points N keeps N checkpoints along
-each run of the method sweep and scores them all (Figure 6).
+Every run is measured by its validation loss (with all tokens, and with dropping), its step time, and,
+with --data-dir, a score: the mean over --tasks, each after fine-tuning, or without tasks over the
+probes. --points N keeps N checkpoints along each run of the method sweep and scores them all (Figure 6).
 
-results.csv has a line per run, curves.csv one per validation and scored checkpoint, tables.md the tables with the paper's
-results, and there is a figure per sweep. Missing runs are omitted.
+results.csv has a line per run, curves.csv one per validation and scored checkpoint, tables.md
+the tables with the paper's results, and there is a figure per sweep. Missing runs are omitted.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from sctd_ds.eval.tasks import PROBES, TASKS
 from sctd_ds.run.models import model_config
 from sctd_ds.run.settings import RunConfig, load
 
-# By sweep, the settings that each variant changes in the base configuration. Variants with equal settings share their runs.
-# A function receives the base's number of layers.
-# Table 4: L_SCg is the KL of layer l, L_SCl that of layer l-1. A row without L_MLM has no loss on the full pass, as in the
-# released code, whose objective also sends the KL's gradient to the full pass.
+# By sweep, the settings that each variant changes in the base configuration; a function receives the base's number of
+# layers. Variants with equal settings share their runs.
+# Table 4: L_SCg is the KL of layer l, L_SCl that of layer l-1. A row without L_MLM has no loss on the full pass, as in
+# the released code, whose objective also sends the KL's gradient to the full pass.
 _BASELINES = {"dense": {"sctd.method": "dense"}, "token_drop": {"sctd.method": "token_drop"}}
 SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "method": {

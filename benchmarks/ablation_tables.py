@@ -1,7 +1,7 @@
 """The results of an ablation: results.csv, curves.csv, tables.md with the paper's results, and a figure per sweep.
 
-`benchmarks.ablate` fills the folders that are read here, below its --out: DIR/runs/RUN with the files of `pretrain.py`, and
-DIR/eval/scores with the outcomes of the evaluation. Unfinished runs are omitted.
+`benchmarks.ablate` fills the folders that are read here, below its --out: DIR/runs/RUN with the files
+of `pretrain.py`, and DIR/eval/scores with the outcomes of the evaluation. Unfinished runs are omitted.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """The kernels against torch, torch.compile and DeepSpeed's random-LTD: `python -m benchmarks.kernels [--quick]`.
 
-Every operator has a floor: the time to move the bytes that it must move, at the bandwidth with which the same card copies
-memory, measured in the same run. A time is printed only for an implementation whose outputs and gradients pass a check against
-the float64 reference on the same input. Without a GPU the table has bytes and floors, and states that nothing was measured.
+Every operator has a floor: the time to move the bytes that it must move, at the bandwidth with
+which the same card copies memory, measured in the same run. A time is printed only for an
+implementation whose outputs and gradients pass a check against the float64 reference on the
+same input. Without a GPU the table has bytes and floors, and states that nothing was measured.
 
-The table shows S = 512; all rows go to `results/<device>/kernels.csv`, the shares of copy bandwidth at B=64, S=512, D=1024 to
-`kernels.png`. torch.compile needs seconds per shape, so it is measured at S = 512 only. The backward of random-LTD's scatter
-fails the check: it does not zero the kept rows' gradient, which is right only together with its gather.
+The table shows S = 512; all rows go to `results/<device>/kernels.csv`, the shares of copy
+bandwidth at B=64, S=512, D=1024 to `kernels.png`. torch.compile needs seconds per shape, so it
+is measured at S = 512 only. The backward of random-LTD's scatter fails the check: it does not
+zero the kept rows' gradient, which is right only together with its gather.
 """
 
 import argparse
@@ -222,8 +224,8 @@ def errors_of(results: Sequence[Tensor], truths: Sequence[Tensor]) -> list[float
 def check(case: Case, function: Callable[..., Any], inputs: Sequence[Any], upstream: Tensor | None) -> tuple[list[str], float]:
     """(complaints about the output and about the gradients, empty if they are right; largest relative error).
 
-    Copies and indices must equal the reference's; other results may have twice the error of torch's, against the reference in
-    float64.
+    Copies and indices must equal the reference's; other results may have twice the error of
+    torch's, against the reference in float64.
     """
 
     def widen(x: Any) -> Any:

@@ -1,10 +1,10 @@
 """Compile every kernel to machine code without a GPU: `python kernels/compile_all.py`.
 
-The tests use triton's interpreter on machines without a GPU. It misses type errors, unsupported instructions and register
-spills, which building the cubins finds. This script calls the operators themselves with every block size of their launch
-tables and every dtype, aligned and unaligned, and intercepts their launches before the driver. It compiles each distinct
-launch for every architecture and prints one line for it. The exit status is 1 if a kernel spills registers, or if one that
-moves aligned rows does not use accesses of 16 bytes.
+The tests use triton's interpreter on machines without a GPU. It misses type errors, unsupported instructions
+and register spills, which building the cubins finds. This script calls the operators themselves with every
+block size of their launch tables and every dtype, aligned and unaligned, and intercepts their launches before
+the driver. It compiles each distinct launch for every architecture and prints one line for it. The exit
+status is 1 if a kernel spills registers, or if one that moves aligned rows does not use accesses of 16 bytes.
 """
 
 import itertools

@@ -8,8 +8,8 @@
     record_losses        sum losses per vocabulary id, exactly
     update_scores        moving average of those losses
 
-Every function runs as a Triton kernel on a GPU and as plain torch elsewhere; `backend="triton"` or `"torch"` forces one.
-`sctd_kernels.reference` has the torch versions, which define what the kernels compute.
+Every function runs as a Triton kernel on a GPU and as plain torch elsewhere; `backend="triton"` or `"torch"`
+forces one. `sctd_kernels.reference` has the torch versions, which define what the kernels compute.
 """
 
 from sctd_kernels import reference

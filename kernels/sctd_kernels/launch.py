@@ -24,8 +24,8 @@ def register_op(
 ) -> Callable[..., Any]:
     """Register `function`, which launches kernels, as the operator `sctd_kernels::<its name>`, and return the operator.
 
-    torch.compile includes an operator without a graph break. Operators of a `Library` cost less time on the host than those
-    of `torch.library.custom_op`.
+    torch.compile includes an operator without a graph break. Operators of a `Library` cost less
+    time on the host than those of `torch.library.custom_op`.
 
     Args:
         function: fully annotated; the operator's schema is inferred from the annotations.

@@ -3,8 +3,8 @@
 Each function defines in a few lines of torch what the Triton kernel of the same name computes. None makes the host wait for
 the device (no `.item()`, no `nonzero`, no boolean-mask indexing), and none checks its arguments: `sctd_kernels.api` does.
 
-Shapes: B sequences, S tokens, K kept tokens, D hidden size, V vocabulary, N rows. Half precision is widened to float32 before
-any arithmetic; float64 stays float64, so that `torch.autograd.gradcheck` can check the gradients.
+Shapes: B sequences, S tokens, K kept tokens, D hidden size, V vocabulary, N rows. Half precision is widened to
+float32 before any arithmetic; float64 stays float64, so that `torch.autograd.gradcheck` can check the gradients.
 """
 
 import torch

@@ -5,9 +5,9 @@
     merge     z[b, s] = y[b, slot[b, s]], or x[b, s] if dropped     adjoint of unmerge
     unmerge   x = z with kept rows zero, y = gather(z)              adjoint of merge
 
-`slot` is the inverse of `kept`, so every output row has one known source: each operator is a single pass that writes every row
-once, without atomics and zero-filled tensors, and reads only the rows that it needs. gather, scatter and merge are one kernel
-with different sources; unmerge writes two outputs from one read and has its own kernel.
+`slot` is the inverse of `kept`, so every output row has one known source: each operator is a single pass that writes
+every row once, without atomics and zero-filled tensors, and reads only the rows that it needs. gather, scatter and
+merge are one kernel with different sources; unmerge writes two outputs from one read and has its own kernel.
 
 Shapes: B sequences, S tokens, K kept tokens, D hidden size; n is S or K.
 """
@@ -58,8 +58,8 @@ def take_rows_kernel(
     index = tl.load(index_ptr + b * n + rows, mask=rows < n, other=-1)
     taken = index >= 0
     value = tl.zeros([ROWS, BLOCK_D], dtype=out_ptr.dtype.element_ty)
-    # Two masked loads, one of which takes effect: selecting between two pointers would narrow accesses to one element, and
-    # a load into the registers of the first would wait for it.
+    # Two masked loads, one of which takes effect: selecting between two pointers would narrow
+    # accesses to one element, and a load into the registers of the first would wait for it.
     if HAS_A:
         a = a_ptr + (b * a_stride_b + index.to(tl.int64) * a_stride_s)
         value = tl.load(a[:, None] + columns[None, :], mask=taken[:, None] & in_row, other=0.0)

@@ -1,8 +1,8 @@
 """Token selection: the exact top K of every row, ties to the earlier position, positions in order, in one launch.
 
-The kernel does not sort. It maps scores to integers of the same order, and a binary search over the integers finds the largest
-threshold that at least K scores reach: at most 32 rounds of compare and count in registers, fewer once the count is exactly K.
-One prefix sum then numbers the kept positions and resolves ties.
+The kernel does not sort. It maps scores to integers of the same order, and a binary search over the integers
+finds the largest threshold that at least K scores reach: at most 32 rounds of compare and count in registers,
+fewer once the count is exactly K. One prefix sum then numbers the kept positions and resolves ties.
 
 Shapes: B sequences, S tokens, K kept tokens, V vocabulary.
 """
@@ -42,7 +42,8 @@ def select_tokens_kernel(
     score = tl.where(score == score, score, float("-inf"))  # NaN
     score = tl.where(position == 0, float("inf"), score) + 0.0  # turns -0.0 into 0.0, which is equal but has other bits
 
-    # The bits of non-negative floats are in order as integers; those of negative ones are, after flipping the magnitude bits.
+    # The bits of non-negative floats are in order as integers; those of negative ones are, after
+    # flipping the magnitude bits.
     bits = score.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = tl.where(inside, key, -0x80000000)  # below every float

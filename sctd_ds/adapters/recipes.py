@@ -134,8 +134,8 @@ class AcademicBudgetAdapter(BingBertAdapter):
 class MegatronAdapter(Adapter):
     """Megatron-DeepSpeed's BertModel: states are [s, b, h], mask True = masked, and the recipe reduces the loss itself.
 
-    Its forward returns losses per token, and the recipe minimises their mean over the labelled tokens. `output` returns the
-    objective as the loss of every labelled token, so this mean is the objective.
+    Its forward returns losses per token, and the recipe minimises their mean over the labelled tokens.
+    `output` returns the objective as the loss of every labelled token, so this mean is the objective.
     """
 
     family = "Megatron-DeepSpeed BERT"

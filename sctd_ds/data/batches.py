@@ -46,8 +46,8 @@ class Masker:
 
     Of the chosen tokens 80 % become [MASK], 10 % a random word, 10 % stay: the rule of transformers'
     `DataCollatorForLanguageModeling`, with three differences. The row's length fixes the number of chosen tokens
-    (`labels_per_row`), so shapes are static; a random word is never a special token; and the pattern does not depend on
-    earlier rows. Special tokens, including [UNK] and the separators inside a row, are never chosen.
+    (`labels_per_row`), so shapes are static; a random word is never a special token; and the pattern does not
+    depend on earlier rows. Special tokens, including [UNK] and the separators inside a row, are never chosen.
 
     Args:
         tokenizer: any tokenizer with mask and pad tokens; the masker reads only its ids.
@@ -74,8 +74,8 @@ class Masker:
     def labels_per_row(self, length: int) -> int:
         """Number of predicted positions in a row with `length` real tokens, [CLS] and [SEP] included.
 
-        Separators between documents count as tokens here, although they are never chosen, so that all full rows have the
-        same number. Only a row with fewer words than this (nearly all [UNK]) gets fewer labels.
+        Separators between documents count as tokens here, although they are never chosen, so that all full
+        rows have the same number. Only a row with fewer words than this (nearly all [UNK]) gets fewer labels.
         """
         return max(1, round(self.mlm_probability * (length - 2)))
 
@@ -125,9 +125,9 @@ def _collate(rows: datasets.Dataset, masker: Masker, samples: Sequence[Sample]) 
 class Loader:
     """Endless iterator over this rank's micro-batches, resumable from one integer.
 
-    Optimizer step t takes the global samples [t * G, (t + 1) * G) with G = micro_batch * accumulation * world, so a
-    step sees the same samples for every split of the same G. Each epoch visits every row once, in a new random order; a
-    micro-batch may span two epochs, so no row is dropped.
+    Optimizer step t takes the global samples [t * G, (t + 1) * G) with G = micro_batch * accumulation * world,
+    so a step sees the same samples for every split of the same G. Each epoch visits every row once, in a new
+    random order; a micro-batch may span two epochs, so no row is dropped.
 
     A micro-batch has an `attention_mask` only if one of its rows is padded, so attention over full rows needs no mask.
     Memory is pinned if there is a CUDA device. The loader does not use the global random generators.
@@ -137,8 +137,8 @@ class Loader:
         masker: corrupts the rows; its seed and `seed` may differ.
         rank, world: this process, and the number of processes.
         seed: of the order, non-negative.
-        num_workers: threads that prepare micro-batches ahead; they change speed only. Threads suffice, as numpy does the
-            work; processes would fork beside CUDA and would receive the signals that tell the trainer to save.
+        num_workers: threads that prepare micro-batches ahead; they change speed only. Threads suffice, as numpy does
+            the work; processes would fork beside CUDA and would receive the signals that tell the trainer to save.
         start: position to start from.
 
     Raises:

@@ -1,7 +1,7 @@
 """Building a packed data set from text, and loading it.
 
-A built folder holds `train/` and `validation/` (Arrow, read memory-mapped), `tokenizer/` and `meta.json`. `meta.json` is
-written last and lists every file; `load` refuses a folder that lacks it or disagrees with it.
+A built folder holds `train/` and `validation/` (Arrow, read memory-mapped), `tokenizer/` and `meta.json`.
+`meta.json` is written last and lists every file; `load` refuses a folder that lacks it or disagrees with it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ BATCH_BYTES = 1 << 24  # of text or tokens processed at a time
 class Meta:
     """Description of a built data set, stored as its `meta.json`.
 
-    `fingerprint` is a hash of the tokenizer and of every row: the same text, tokenizer and settings give the same
-    fingerprint on any machine. Token counts exclude special tokens and separators. `files` maps each file to its size in
-    bytes and its SHA-256.
+    `fingerprint` is a hash of the tokenizer and of every row: the same text, tokenizer and settings
+    give the same fingerprint on any machine. Token counts exclude special tokens and separators.
+    `files` maps each file to its size in bytes and its SHA-256.
     """
 
     format: int
@@ -222,8 +222,8 @@ def check_tokenizer(packed: PackedData, name: str) -> None:
 def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) -> Path:
     """The path of a built data set: `spec` itself if it is one, else a data set built from the text of `spec`, once.
 
-    Names, sizes and modification times of the text's files and the options identify a data set; any change causes a new
-    build. Several processes may call this at once: one builds, the others wait for it.
+    Names, sizes and modification times of the text's files and the options identify a data set; any change
+    causes a new build. Several processes may call this at once: one builds, the others wait for it.
 
     Args:
         spec: a built folder, or what `build` takes as sources.

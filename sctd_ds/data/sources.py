@@ -1,9 +1,9 @@
 """Text sources: files, folders, the Hub, or the Python installation itself, each a stream of documents.
 
-A document is a block between blank lines of a `.txt` file, a record of `.jsonl`, `.json`, `.parquet` or a Hub data set,
-or all docstrings of one module for "python-docs". A long block of a `.txt` file is cut at line ends or spaces into
-documents of at most 8,192 characters: so one endless line needs little memory and can be split between training and
-validation.
+A document is a block between blank lines of a `.txt` file, a record of `.jsonl`, `.json`,
+`.parquet` or a Hub data set, or all docstrings of one module for "python-docs". A long block of a
+`.txt` file is cut at line ends or spaces into documents of at most 8,192 characters: so one endless
+line needs little memory and can be split between training and validation.
 """
 
 from __future__ import annotations
@@ -314,8 +314,8 @@ def _hub(source: str, text_column: str) -> Iterator[str]:
 def _python_docs(limit: int | None) -> Iterator[str]:
     """English text from the Python installation, cut off after the document that reaches `limit` bytes of UTF-8.
 
-    First the language reference (`pydoc_data.topics`), then the docstrings of the standard library, then those of torch.
-    Modules are parsed, never imported; equal docstrings appear once.
+    First the language reference (`pydoc_data.topics`), then the docstrings of the standard library,
+    then those of torch. Modules are parsed, never imported; equal docstrings appear once.
     """
     from pydoc_data.topics import topics
 

@@ -1,9 +1,9 @@
 """The effect of token dropping on representations: layer probes (Figures 4 and 8 of the paper) and drift (Figure 3).
 
-Both run a frozen model's full pass and dropped pass, with the same code as training. An importance table decides which tokens
-are dropped. A folder written by `sctd_ds.export` has the table that its run learned. For a dense model, or one from another
-source, the table is estimated: the mean masked-LM loss of the model's full pass per vocabulary id, over the analysed text.
-Results record under "about" which of the two was used.
+Both run a frozen model's full pass and dropped pass, with the same code as training. An importance table
+decides which tokens are dropped. A folder written by `sctd_ds.export` has the table that its run learned.
+For a dense model, or one from another source, the table is estimated: the mean masked-LM loss of the model's
+full pass per vocabulary id, over the analysed text. Results record under "about" which of the two was used.
 """
 
 from __future__ import annotations
@@ -190,8 +190,9 @@ Examples = dict[str, list[tuple[str, str]]]
 def probe(model: Model, examples: Examples, seed: int = 0, max_train: int = 20_000, max_eval: int = 10_000) -> dict[str, Any]:
     """Test accuracy (%) of a linear probe on every layer, for both passes and both poolings.
 
-    examples: (label, sentence) by split: train, validation, test. Returns lists over the layers under "full_cls", "full_mean",
-    "dropped_cls" and "dropped_mean", the accuracy of a bag of words under "bag_of_words", and `Opened.about`.
+    examples: (label, sentence) by split: train, validation, test. Returns lists over the layers
+    under "full_cls", "full_mean", "dropped_cls" and "dropped_mean", the accuracy of a bag of words
+    under "bag_of_words", and `Opened.about`.
     """
     generator = np.random.default_rng(seed)
     parts = {}
@@ -252,10 +253,10 @@ def drift(
 ) -> dict[str, Any]:
     """The distance between full and dropped pass, over `count` rows of `length` tokens of the texts.
 
-    "layer_cls", "layer_mean": mean cosine between the passes after each layer, of the [CLS] state and of the mean state over
-    the kept positions. With a sentence encoder (see `encoder_folder`), also the curves of Figure 3: mean cosines between the
-    encoder's embedding of a row's text and that of a corrupted text, with 15 % of the tokens masked ("masked"), and also
-    without the tokens that this model drops ("masked_and_dropped").
+    "layer_cls", "layer_mean": mean cosine between the passes after each layer, of the [CLS] state and of the
+    mean state over the kept positions. With a sentence encoder (see `encoder_folder`), also the curves of
+    Figure 3: mean cosines between the encoder's embedding of a row's text and that of a corrupted text, with
+    15 % of the tokens masked ("masked"), or also without the tokens that this model drops ("masked_and_dropped").
     """
     opened = open_model(model)
     length = min(length, opened.network.config.max_position_embeddings)

@@ -20,8 +20,8 @@ from sctd_ds.eval.tasks import Task
 def bag_of_words(task: Task, data: Mapping[str, Sequence[Row]]) -> dict[str, float]:
     """Scores (%) on the task's first evaluation split by metric, as `scores` names them, after training on data["train"].
 
-    Tagging predicts each word's most frequent tag. For spans, "answerable" is the accuracy of predicting whether an answer
-    exists; a task in which it always does has no score.
+    Tagging predicts each word's most frequent tag. For spans, "answerable" is the accuracy of
+    predicting whether an answer exists; a task in which it always does has no score.
     """
     train, test = data["train"], data[task.splits[0]]
     if task.kind == "tag":

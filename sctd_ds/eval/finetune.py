@@ -1,7 +1,7 @@
 """Fine-tuning: one loop for all kinds of tasks, on transformers' heads and Trainer, resumable per task and seed.
 
-The final weights are scored: the evaluation data does not select a checkpoint. The optimizer is AdamW with weight decay 0.01,
-warm-up over 6 % of the steps and linear decay, none of which the paper specifies.
+The final weights are scored: the evaluation data does not select a checkpoint. The optimizer is AdamW
+with weight decay 0.01, warm-up over 6 % of the steps and linear decay, none of which the paper specifies.
 """
 
 from __future__ import annotations
@@ -133,8 +133,9 @@ def _arguments(task: Task, examples: int, seed: int, limits: Limits, scratch: st
 def few_shot(rows: list[Row], task: Task, seed: int) -> list[Row]:
     """Sentences with `task.shots` mentions of each entity type, in an order drawn from the seed.
 
-    With 32 shots, a sentence is chosen if it has a type with fewer than 32 mentions so far. A type that the data mentions less
-    often gets all its mentions; since sentences have several types, frequent ones end slightly above 32.
+    With 32 shots, a sentence is chosen if it has a type with fewer than 32 mentions so far. A type
+    that the data mentions less often gets all its mentions; since sentences have several types,
+    frequent ones end slightly above 32.
     """
     from seqeval.metrics.sequence_labeling import get_entities
 

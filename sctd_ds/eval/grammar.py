@@ -284,8 +284,8 @@ class Language:
     def probe(self, name: Literal["tense", "number"], count: int, split: Split, seed: int = 0) -> list[tuple[str, str]]:
         """`count` labelled sentences (label, sentence), half with each label, from the lemmas of one split.
 
-        "tense": PAST or PRES, of the only verb, without an adverb. "number": NN or NNS, of the subject, with an attractor of
-        random number; the verb is in the past, so agreement does not reveal the number.
+        "tense": PAST or PRES, of the only verb, without an adverb. "number": NN or NNS, of the subject, with
+        an attractor of random number; the verb is in the past, so agreement does not reveal the number.
         """
         if name not in ("tense", "number") or split not in SPLITS:
             raise ValueError(f'probe "{name}", split "{split}": expected tense or number, and one of {", ".join(SPLITS)}')

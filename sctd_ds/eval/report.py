@@ -293,8 +293,8 @@ def _plot_drift(found: Mapping[str, Scores], path: Path) -> None:
 
 
 def _plot_history(history: Mapping[str, Mapping[int, Scores]], path: Path) -> None:
-    """Over steps: a panel per model with the cosine between the passes' [CLS] states, a line for each layer in which they
-    differ; then the curves of Figure 3, if a sentence encoder was given.
+    """Over steps: a panel per model with the cosine between the passes' [CLS] states, a line for
+    each layer in which they differ; then the curves of Figure 3, if a sentence encoder was given.
     """
     texts = any(key in values for steps in history.values() for values in steps.values() for key in TEXTS)
     figure, axes = _figure(len(history) + texts)

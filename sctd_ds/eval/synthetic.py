@@ -126,8 +126,8 @@ def _sick(language: Language, draw: Random, i: int) -> Row:
 def _nli(language: Language, draw: Random, relation: str) -> tuple[str, str]:
     """A premise, affirmed or denied, and a hypothesis of mostly the same words.
 
-    Entailment: the hypothesis paraphrases the premise, or replaces the agent by its kind. Contradiction: it negates the
-    premise, or names another kind. Neutral: it exchanges the roles, mostly with the premise's polarity.
+    Entailment: the hypothesis paraphrases the premise, or replaces the agent by its kind. Contradiction: it negates
+    the premise, or names another kind. Neutral: it exchanges the roles, mostly with the premise's polarity.
     """
     event = language.event(draw, adjective=0.0)
     agent, entailed = event.agent, relation == "entailment"

@@ -40,7 +40,7 @@ class Source:
 class Task:
     """One task. inputs: text columns in the model's reading order; label: the column to predict.
 
-    classes: names in the order of the label's numbers; empty for numbers and spans, and for tags, which the data names.
+    classes: names in the order of the label's numbers; empty for numbers and spans, and for tags (the data has them).
     metrics: those of `finetune`'s results that the paper reports; their mean is the task's score.
     splits: the splits to evaluate on. shots: mentions of each entity type to train on (None: all of the data).
     """

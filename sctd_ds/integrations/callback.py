@@ -51,8 +51,8 @@ class StepClock:
     def accumulate(self, accelerator: Accelerator, *models: Any) -> Iterator[Mode]:
         """`accelerator.accumulate(*models)` around one micro-batch, optimizer.step() included; yields the step's mode.
 
-        The step ends when Accelerate lets the optimizer step: after gradient_accumulation_steps micro-batches, or at the end
-        of the data.
+        The step ends when Accelerate lets the optimizer step: after gradient_accumulation_steps
+        micro-batches, or at the end of the data.
         """
         with accelerator.accumulate(*models):
             yield self.begin()
