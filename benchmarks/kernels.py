@@ -308,21 +308,27 @@ def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
             if not complaint:
                 with torch.cuda.stream(stream):
                     calls = calls_of(case, function, sets, upstream, mode)
-                    peak = harness.peak_bytes(calls[0])
-                    host = harness.host_microseconds(calls[0]) if mode == "forward" else None
-                timing = harness.time_calls(calls, stream)
+                row |= figures(calls, stream, moved[mode], bandwidth, with_host=mode == "forward")
                 del calls
-                rate = moved[mode] / timing.median * 1e6
-                row |= {
-                    "microseconds": round(timing.median, 2),
-                    "p20": round(timing.p20, 2),
-                    "p80": round(timing.p80, 2),
-                    "GB_per_s": round(rate / 1e9, 1),
-                    "share_of_copy": round(rate / bandwidth, 3),
-                    "host_microseconds": "" if host is None else round(host, 1),
-                    "peak_MiB": round(peak / 2**20, 1),
-                }
             yield row
+
+
+def figures(calls: Sequence[Callable], stream: Any, moved: int, bandwidth: float, with_host: bool) -> dict[str, Any]:
+    """The measured columns of a row. moved: bytes per call; with_host: also measure the host's time."""
+    with torch.cuda.stream(stream):
+        peak = harness.peak_bytes(calls[0])
+        host = harness.host_microseconds(calls[0]) if with_host else None
+    timing = harness.time_calls(calls, stream)
+    rate = moved / timing.median * 1e6
+    return {
+        "microseconds": round(timing.median, 2),
+        "p20": round(timing.p20, 2),
+        "p80": round(timing.p80, 2),
+        "GB_per_s": round(rate / 1e9, 1),
+        "share_of_copy": round(rate / bandwidth, 3),
+        "host_microseconds": "" if host is None else round(host, 1),
+        "peak_MiB": round(peak / 2**20, 1),
+    }
 
 
 def table_lines(case: Case, rows: Sequence[dict[str, Any]], modes: Sequence[str]) -> Iterator[str]:
