@@ -1,7 +1,7 @@
-"""What the runs of an ablation show: results.csv, curves.csv, tables.md beside the paper's figures, and a figure per sweep.
+"""The results of an ablation: results.csv, curves.csv, tables.md with the paper's results, and a figure per sweep.
 
-Everything is read from the folders that `benchmarks.ablate` fills, below its --out: DIR/runs/RUN, with what `pretrain.py` wrote
-of a run, and DIR/eval/scores, with what the evaluation found. A run that is not finished is left out.
+`benchmarks.ablate` fills the folders that are read here, below its --out: DIR/runs/RUN with the files
+of `pretrain.py`, and DIR/eval/scores with the outcomes of the evaluation. Unfinished runs are omitted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sctd_ds.run import metrics
 from sctd_ds.run.models import model_config
 from sctd_ds.run.settings import RunConfig
 
-# The paper's results by sweep: columns, and their values by variant. Figure 7 has no numbers.
+# The paper's results by sweep: columns, and their values by variant. Figure 7 prints no numbers.
 PAPER: dict[str, tuple[tuple[str, ...], dict[str, tuple[float, ...]]]] = {
     "method": (("GLUE",), {"dense": (81.11,), "token_drop": (80.35,), "sctd": (81.72,)}),
     "objective": (
@@ -58,28 +58,28 @@ TITLE = {
     "lambda": "Figure 7: lambda (BERT-large, 35K steps)",
 }
 NOTE = {
-    "objective": "Terms beside the dropped pass's own loss: L_MLM, the loss on the full pass; L_SCl, the KL of layer l-1; "
-    "L_SCg, that of layer l; sctd has all three. A row without L_MLM is the released code's objective: the dropped pass's loss "
-    "counts whole instead of half, and the KL's gradient reaches the full pass as well, where the rows with L_MLM stop it.",
+    "objective": "Terms in addition to the dropped pass's loss: L_MLM, the loss of the full pass; L_SCl, the KL of layer l-1; "
+    "L_SCg, the KL of layer l; sctd has all three. Rows without L_MLM use the released code's objective: the dropped pass's "
+    "loss has weight 1 instead of 1/2, and the KL's gradient also reaches the full pass, while rows with L_MLM stop it.",
 }
 
 LOSS, TIME, SAVED = "loss_full", "ms_per_step", "flops_saved"
 FINE = (LOSS, "loss_drop", "cosine_previous")  # measures whose third and fourth digits matter
-LAYERS = "pretrain.model.num_hidden_layers"  # the one setting of the sweeps that changes what a dense step costs
-BEGAN, REPORT = "began.json", "report.json"  # in a run's folder: what it was started with, and what it reported at its end
+LAYERS = "pretrain.model.num_hidden_layers"  # the one setting of the sweeps that changes the cost of a dense step
+BEGAN, REPORT = "began.json", "report.json"  # in a run's folder: the settings that it started with, and its final report
 
 
 @dataclass(frozen=True)
 class Run:
-    """One pretraining. changes: what it sets beside the base configuration and the seed."""
+    """One pretraining. changes: its settings that differ from the base configuration, without the seed."""
 
     changes: tuple[tuple[str, Any], ...]
     seed: int
 
     @property
     def name(self) -> str:
-        said = [f"{key.split('.')[-1]}-{value}" for key, value in self.changes] or ["base"]
-        return "_".join([*said, f"seed-{self.seed}"])
+        changes = [f"{key.split('.')[-1]}-{value}" for key, value in self.changes] or ["base"]
+        return "_".join([*changes, f"seed-{self.seed}"])
 
     def folder(self, out: Path) -> Path:
         return out / "runs" / self.name
@@ -95,91 +95,96 @@ Runs = Mapping[str, Mapping[str, Sequence[Run]]]
 
 def in_order(runs: Runs) -> list[Run]:
     """Every run once: sweep by sweep, and in each all variants of a seed before the next seed, so that a stop leaves pairs."""
-    by_seed = [of for variants in runs.values() for of in zip(*variants.values(), strict=True)]
-    return list(dict.fromkeys(run for of in by_seed for run in of))
+    by_seed = [group for variants in runs.values() for group in zip(*variants.values(), strict=True)]
+    return list(dict.fromkeys(run for group in by_seed for run in group))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run reached: values at its end by measure, and what was measured along it."""
+    """The results of a finished run: values at its end by measure, and measurements along it."""
 
     values: dict[str, float]
     points: list[dict[str, float]]
-    """By step: "step", "seconds" of training until then, its "dense_steps" (operations, in dense steps), and measures.
+    """By step: "step", "seconds" of training so far, "dense_steps" (operations so far, in dense steps), and measures.
 
-    Seconds are of steps that take the median time of their mode: a machine's stalls are no property of a method.
+    Seconds count each step with the median time of its mode, because stalls of the machine are no property of a method.
     """
 
 
 def write(out: Path, runs: Runs, base: RunConfig, *, about: str, tasks: Sequence[str] = (), synthetic: bool = False) -> str:
-    """Write results.csv, curves.csv, tables.md and the figures of the runs that are finished; returns the Markdown.
+    """Write results.csv, curves.csv, tables.md and the figures of the finished runs; returns the Markdown.
 
-    base: the configuration that the runs change. about: what to call it. tasks: those that make the score; none: the probes.
-    synthetic: whether probes and tasks are synthetic twins.
+    base: the configuration that the runs change. about: its name. tasks: those of the score; none: the probes.
+    synthetic: whether probes and tasks are synthetic.
     """
     planned = in_order(runs)
     reports = {run: _json(run.folder(out) / REPORT) for run in planned if (run.folder(out) / REPORT).is_file()}
     finished = {run: outcome(run, report, base, out, tasks) for run, report in reports.items()}
-    measures = _keys(reached.values for reached in finished.values())
+    measures = _keys(result.values for result in finished.values())
     seeds = len({run.seed for run in planned})
     example = next(iter(reports.values()), None)
     head = [_origin(example, about, seeds), _legend(synthetic)] if example else ["No run is finished."]
     parts = ["# Ablations", *head]
     results, curves = [], []
     for sweep, variants in runs.items():
-        done = {variant: [run for run in of if run in finished] for variant, of in variants.items()}
-        done = {variant: of for variant, of in done.items() if of}
-        for variant, of in done.items():
-            for run in of:
-                place, reached = {"sweep": sweep, "variant": variant, "seed": run.seed}, finished[run]
-                results.append({**place, "commit": _json(run.folder(out) / BEGAN)["commit"], **reached.values})
-                curves += [{**place, **point} for point in reached.points]
-        outcomes = {variant: {run.seed: finished[run] for run in of} for variant, of in done.items()}
-        parts += [f"## {TITLE[sweep]}", *([NOTE[sweep]] if sweep in NOTE else []), compare(sweep, outcomes, measures)]
+        outcomes: dict[str, dict[int, Outcome]] = {}
+        for variant, planned_runs in variants.items():
+            for run in planned_runs:
+                if run not in finished:
+                    continue
+                outcomes.setdefault(variant, {})[run.seed] = finished[run]
+                place = {"sweep": sweep, "variant": variant, "seed": run.seed}
+                results.append({**place, "commit": _json(run.folder(out) / BEGAN)["commit"], **finished[run].values})
+                curves += [{**place, **point} for point in finished[run].points]
+        parts.append(f"## {TITLE[sweep]}")
+        if sweep in NOTE:
+            parts.append(NOTE[sweep])
+        parts.append(compare(sweep, outcomes, measures))
         if outcomes:
             _plot(sweep, outcomes, out / f"{sweep}.png")
             parts.append(f"![]({sweep}.png)")
     _write_csv(out / "results.csv", ["commit", *measures], results)
-    _write_csv(out / "curves.csv", _keys(point for reached in finished.values() for point in reached.points), curves)
+    _write_csv(out / "curves.csv", _keys(point for result in finished.values() for point in result.points), curves)
     text = "\n\n".join(parts) + "\n"
     (out / "tables.md").write_text(text, encoding="utf-8")
     return text
 
 
 def outcome(run: Run, report: Mapping[str, Any], base: RunConfig, out: Path, tasks: Sequence[str]) -> Outcome:
-    """What is known of a finished run; report: its report.json."""
+    """The results of a finished run. report: its report.json."""
     cost = operations(run, report, base)
     validation, found = report["validation"], measured(run.name, out)
     values = {key: validation[key] for key in FINE if key in validation}
     values[TIME] = report["global_batch"] / report["samples_per_s"] * 1000
     values[SAVED] = 100 * (1 - cost)
     values |= score(found, tasks) | found
+
     records = metrics.read(run.folder(out) / "metrics.jsonl")
     by_mode: dict[str, list[float]] = {}
     for record in records:
         if record["event"] == "train":
             by_mode.setdefault(record["mode"], []).append(record["step_ms"])
-    usual = {mode: statistics.median(ms) for mode, ms in by_mode.items()}
+    median_ms = {mode: statistics.median(times) for mode, times in by_mode.items()}
     seconds, points = 0.0, []
     for record in records:
         if record["event"] == "train":
-            seconds += usual[record["mode"]] / 1000
+            seconds += median_ms[record["mode"]] / 1000
         else:
             step = record["step"]
-            reached = found if step == report["steps"] else measured(f"{run.name}@{step}", out)
+            scored = found if step == report["steps"] else measured(f"{run.name}@{step}", out)
             point = {"step": step, "seconds": seconds, "dense_steps": step * cost, LOSS: record[LOSS]}
-            points.append(point | score(reached, tasks))
+            points.append(point | score(scored, tasks))
     return Outcome(values, points)
 
 
 def operations(run: Run, report: Mapping[str, Any], base: RunConfig) -> float:
-    """What the run's mean step costs, in dense steps of the base's model, all of whose layers count.
+    """The operations of the run's mean step, in dense steps of the base's model with all its layers.
 
-    The base's dense step is the run's own and the layers that the run lacks: no other run need be finished.
+    The base's dense step is the run's own plus the layers that the run lacks, so no other run needs to be finished.
     """
     sizes = model_config(base.pretrain)
     layers, length = sizes.num_hidden_layers, base.pretrain.seq_length
-    # Vocabulary and labels cost in the head and the last layer, which every run has: they say nothing of a whole layer.
+    # Vocabulary and labels cost operations in the head and the last layer, which every run has, not in the layers it lacks.
     shape = Shape(layers, sizes.hidden_size, sizes.intermediate_size, vocabulary=0, length=length, labels=0)
     whole_layer = part_flops(shape, base.sctd, "dense")[0]
     lacking = layers - dict(run.changes).get(LAYERS, layers)
@@ -188,13 +193,13 @@ def operations(run: Run, report: Mapping[str, Any], base: RunConfig) -> float:
 
 
 def measured(name: str, out: Path) -> dict[str, float]:
-    """What the evaluation found of a model, by measure, in percent."""
+    """The evaluation's results for a model, by measure, in percent."""
     values: dict[str, float] = {}
     for path in sorted((out / "eval" / "scores" / name).glob("*/*.json")):
         record = _json(path)
         task, found = record["task"], record["scores"]
         if task.startswith("probe-"):
-            # The layer below the last is where dropping shows most (Section 2.2 of the paper).
+            # Dropping affects the layer below the last most (Section 2.2 of the paper).
             values[f"{task} l-1, full"] = found["full_mean"][-2]
             values[f"{task} l-1, dropped"] = found["dropped_mean"][-2]
             values[f"{task} bag of words"] = found["bag_of_words"]
@@ -204,24 +209,29 @@ def measured(name: str, out: Path) -> dict[str, float]:
 
 
 def score(values: Mapping[str, float], tasks: Sequence[str]) -> dict[str, float]:
-    """The mean over the tasks, each the mean of its metrics (the paper's GLUE average), else over the probes, named so.
+    """The mean over the tasks, each the mean of its metrics (the paper's GLUE average), or without tasks over the probes.
 
-    Empty unless every part was measured.
+    Returns {name of this mean: value}; {} unless every part was measured.
     """
     parts = tasks or [f"probe-{name} l-1, full" for name in PROBES]
     if any(part not in values for part in parts):
         return {}
-    of_tasks = "GLUE average" if set(tasks) == set(SUITES["glue"]) else "mean of tasks"
-    return {of_tasks if tasks else "mean of probes": statistics.fmean(values[part] for part in parts)}
+    if not tasks:
+        name = "mean of probes"
+    elif set(tasks) == set(SUITES["glue"]):
+        name = "GLUE average"
+    else:
+        name = "mean of tasks"
+    return {name: statistics.fmean(values[part] for part in parts)}
 
 
 def at_end(by_seed: Mapping[int, Outcome], measure: str) -> dict[int, float]:
-    """A measure's value at the end of the runs that have it, by seed."""
-    return {seed: reached.values[measure] for seed, reached in by_seed.items() if measure in reached.values}
+    """By seed, a measure's value at the end of the runs that have it."""
+    return {seed: result.values[measure] for seed, result in by_seed.items() if measure in result.values}
 
 
 def compare(sweep: str, variants: Mapping[str, Mapping[int, Outcome]], measures: Sequence[str]) -> str:
-    """The sweep's table: mean ± standard deviation over seeds; in brackets p of a paired t-test against token_drop."""
+    """The sweep's table: mean ± standard deviation over seeds; in parentheses p of a paired t-test against token_drop."""
     control = variants.get("token_drop", {})
     columns, published = PAPER[sweep]
     rows, tests = [], 0
@@ -230,22 +240,24 @@ def compare(sweep: str, variants: Mapping[str, Mapping[int, Outcome]], measures:
         for measure in measures:
             values = at_end(by_seed, measure)
             cell = mean_of([*values.values()], digits=4 if measure in FINE else 2)
-            tested = name != "token_drop" and measure not in (TIME, SAVED)
-            p = paired_p(at_end(control, measure), values) if tested else None
-            tests += p is not None
-            notes = [f"p {p:.3f}"] if p is not None else []
-            notes += [f"of {len(values)}"] if 0 < len(values) < len(by_seed) else []
+            notes = []
+            if name != "token_drop" and measure not in (TIME, SAVED):
+                p = paired_p(at_end(control, measure), values)
+                if p is not None:
+                    tests += 1
+                    notes.append(f"p {p:.3f}")
+            if 0 < len(values) < len(by_seed):
+                notes.append(f"of {len(values)}")
             row.append(f"{cell} ({', '.join(notes)})" if notes else cell)
         rows.append([*row, *(f"{value:.2f}" for value in published.get(name, ()))])
     text = table(["variant", "runs", *measures, *(f"*paper: {column}*" for column in columns)], rows)
     if tests < 2:
         return text
-    corrected = f"after Bonferroni's correction for them, p below {0.05 / tests:.2g} counts"
-    return f"{text}\n\n{tests} tests stand in this table; {corrected}."
+    return f"{text}\n\n{tests} tests in this table: with Bonferroni's correction, p below {0.05 / tests:.2g} is significant."
 
 
 def _origin(report: Mapping[str, Any], about: str, seeds: int) -> str:
-    """What was run, and where: by the report of one run."""
+    """The configuration and the environment, from the report of one run."""
     size = f"{report['steps']} steps of {report['global_batch']} rows of {report['seq_length']} tokens"
     environment = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
     return f"Base: {about}; {size}, {seeds} seeds, {environment}."
@@ -257,11 +269,11 @@ def _legend(synthetic: bool) -> str:
         "Mean ± standard deviation over seeds; p: paired t-test over seeds against token_drop, not corrected for the number of "
         "comparisons.",
         "Losses in nats per masked token, probes and tasks in percent.",
-        "ms_per_step is what the runs took; where the machine was shared, flops_saved (percent of a dense step's operations) "
-        "says more.",
+        "ms_per_step is measured; if the machine was shared, flops_saved (percent of a dense step's operations) is more "
+        "reliable.",
     ]
     if synthetic:
-        sentences.append("Probes and tasks are synthetic twins, not the data sets they are named after.")
+        sentences.append("Probes and tasks are synthetic tasks, not the data sets they are named after.")
     return " ".join(sentences)
 
 
@@ -270,7 +282,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _keys(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every key of the records once, as they first come."""
+    """Every key of the records once, in the order of first occurrence."""
     return list(dict.fromkeys(key for record in records for key in record))
 
 
@@ -282,10 +294,10 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
 
 
 def _plot(sweep: str, variants: Mapping[str, Mapping[int, Outcome]], path: Path) -> None:
-    """A row for the loss, and one for the score where there is one: at the end, against training time, against operations."""
+    """A row for the loss, and one for the score if there is one: at the end, against training time, against operations."""
     from matplotlib.figure import Figure
 
-    along = _keys(point for by_seed in variants.values() for reached in by_seed.values() for point in reached.points)
+    along = _keys(point for by_seed in variants.values() for result in by_seed.values() for point in result.points)
     rows = {LOSS: "validation loss, all tokens"}
     rows |= {name: f"{name} (%)" for name in sorted(along) if name.startswith(("GLUE", "mean"))}
     curves = {"seconds": ("training time", "seconds"), "dense_steps": ("operations", "operations, in steps of dense training")}
@@ -301,9 +313,9 @@ def _plot(sweep: str, variants: Mapping[str, Mapping[int, Outcome]], path: Path)
 
 
 def _plot_end(axis: Any, variants: Mapping[str, Mapping[int, Outcome]], measure: str) -> None:
-    """A place per variant. Variants of a number (lambda=0.05) are joined seed by seed, and the others become lines.
+    """A place per variant. Lines connect the seeds of numeric variants (lambda=0.05), and the others become horizontal lines.
 
-    Means are over the seeds that all variants have, so that they compare like with like.
+    Means are over the seeds that all variants have, so that they are comparable.
     """
     ends = {name: values for name, by_seed in variants.items() if (values := at_end(by_seed, measure))}
     shared = set.intersection(*(set(values) for values in ends.values())) if ends else set()
@@ -324,9 +336,9 @@ def _plot_end(axis: Any, variants: Mapping[str, Mapping[int, Outcome]], measure:
 
 
 def _plot_curves(axis: Any, variants: Mapping[str, Mapping[int, Outcome]], x: str, measure: str) -> None:
-    """A faint curve per seed, and the mean of the steps that all of a variant's seeds have."""
+    """A faint curve per seed, and their mean at the steps that all seeds of a variant have."""
     for i, (name, by_seed) in enumerate(variants.items()):
-        places = [{p["step"]: (p[x], p[measure]) for p in reached.points if measure in p} for reached in by_seed.values()]
+        places = [{p["step"]: (p[x], p[measure]) for p in result.points if measure in p} for result in by_seed.values()]
         for place in places:
             axis.plot(*zip(*place.values(), strict=True), color=f"C{i}", lw=0.8, alpha=0.3)
         steps = [step for step in places[0] if all(step in place for place in places)]

@@ -1,12 +1,14 @@
 """The kernels against torch, torch.compile and DeepSpeed's random-LTD: `python -m benchmarks.kernels [--quick]`.
 
-Every operator has a floor: the bytes that it must move, at the bandwidth with which the same card copies memory, measured in
-the same run. A figure is printed only for an implementation whose outputs and gradients passed the check against the float64
-twin on that very input. Without a GPU the table holds bytes and floors, and says that nothing was measured.
+Every operator has a floor: the time to move the bytes that it must move, at the bandwidth with
+which the same card copies memory, measured in the same run. A time is printed only for an
+implementation whose outputs and gradients pass a check against the float64 reference on the
+same input. Without a GPU the table has bytes and floors, and states that nothing was measured.
 
-The table shows S = 512; everything goes to `results/<device>/kernels.csv`, the shares of copy bandwidth at B=64, S=512, D=1024
-to `kernels.png`. torch.compile compiles for each shape, which takes seconds, so it is measured at S = 512 only. The backward
-of random-LTD's scatter is refused: it leaves the kept rows' gradient in place, which is right only together with its gather.
+The table shows S = 512; all rows go to `results/<device>/kernels.csv`, the shares of copy
+bandwidth at B=64, S=512, D=1024 to `kernels.png`. torch.compile needs seconds per shape, so it
+is measured at S = 512 only. The backward of random-LTD's scatter fails the check: it does not
+zero the kept rows' gradient, which is right only together with its gather.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from benchmarks import harness
 PROVIDERS = ("ours", "torch", "torch.compile", "random-LTD")
 MODES = ("forward", "backward", "both")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ASSUMED_BANDWIDTH = 3.0e12  # bytes per second, for the floors where there is no GPU: an H100's
+ASSUMED_BANDWIDTH = 3.0e12  # bytes per second, for floors without a GPU: an H100's
 VOCABULARY = 30522
 LABELLED = 0.15  # of the tokens
 HEADLINE = {"B": 64, "S": 512, "D": 1024}
@@ -36,21 +38,21 @@ HEADLINE = {"B": 64, "S": 512, "D": 1024}
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one shape: how to make its inputs, who computes it, what it must move."""
+    """One operator at one shape: its inputs, its implementations, and the bytes that it must move."""
 
     op: str
     shape: dict[str, int]
     dtype: torch.dtype
     inputs: Callable[[], tuple[Any, ...]]
     arguments: tuple[int, ...]
-    """Positions of the inputs that are differentiated; none: forward only."""
+    """Indices of the differentiated inputs; none: forward only."""
     providers: dict[str, Callable[..., Any]]
     moved: dict[str, int]
     """Mode -> bytes."""
     exact: bool = True
-    """Copies and indices are compared bit for bit, arithmetic with what torch reaches."""
+    """True compares bit for bit (copies and indices), False with a tolerance from torch's own error (arithmetic)."""
     truth: Callable[..., Any] | None = None
-    """The formula in float64, where the twin does not take float64."""
+    """The formula in float64, if the reference does not take float64."""
 
     @property
     def name(self) -> str:
@@ -69,13 +71,13 @@ def triton_backend(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def providers(name: str, ltd: Callable[..., Any] | None = None) -> dict[str, Callable[..., Any]]:
-    twin = getattr(reference, name)
-    found = {"ours": triton_backend(getattr(sctd_kernels, name)), "torch": twin, "torch.compile": twin}
+    in_torch = getattr(reference, name)
+    found = {"ours": triton_backend(getattr(sctd_kernels, name)), "torch": in_torch, "torch.compile": in_torch}
     return found if ltd is None else {**found, "random-LTD": ltd}
 
 
 def sequence_cases(B: int, S: int, D: int, dtype: torch.dtype, random_ltd: Any) -> Iterator[Case]:
-    """Routing and divergence: everything that works on [B, S, D]."""
+    """Routing and divergence: the operations on [B, S, D]."""
     K = S // 2
     shape, item = {"B": B, "S": S, "D": D}, dtype.itemsize
     full, kept_rows = B * S * D * item, B * K * D * item
@@ -88,17 +90,33 @@ def sequence_cases(B: int, S: int, D: int, dtype: torch.dtype, random_ltd: Any) 
         gather = lambda x, kept, slot: random_ltd.GatherTokens.apply(x, kept, True)[1]  # noqa: E731
         merge = lambda x, y, kept, slot: random_ltd.ScatterTokens.apply(x, y, kept, True)  # noqa: E731
     yield Case(
-        "gather_tokens", shape, dtype, lambda: (random(B, S, D), *routing(B, S)), (0,), providers("gather_tokens", gather),
-        {"forward": 2 * kept_rows, "backward": kept_rows + full},
-    )  # fmt: skip
+        "gather_tokens",
+        shape,
+        dtype,
+        inputs=lambda: (random(B, S, D), *routing(B, S)),
+        arguments=(0,),
+        providers=providers("gather_tokens", gather),
+        moved={"forward": 2 * kept_rows, "backward": kept_rows + full},
+    )
     yield Case(
-        "merge_tokens", shape, dtype, lambda: (random(B, S, D), random(B, K, D), *routing(B, S)), (0, 1),
-        providers("merge_tokens", merge), {"forward": 2 * full, "backward": 2 * full + kept_rows},
-    )  # fmt: skip
+        "merge_tokens",
+        shape,
+        dtype,
+        inputs=lambda: (random(B, S, D), random(B, K, D), *routing(B, S)),
+        arguments=(0, 1),
+        providers=providers("merge_tokens", merge),
+        moved={"forward": 2 * full, "backward": 2 * full + kept_rows},
+    )
     yield Case(
-        "softmax_kl", shape, dtype, lambda: (random(B * K, D).detach(), random(B * K, D)), (1,), providers("softmax_kl"),
-        {"forward": 2 * kept_rows, "backward": 3 * kept_rows}, exact=False,
-    )  # fmt: skip
+        "softmax_kl",
+        shape,
+        dtype,
+        inputs=lambda: (random(B * K, D).detach(), random(B * K, D)),
+        arguments=(1,),
+        providers=providers("softmax_kl"),
+        moved={"forward": 2 * kept_rows, "backward": 3 * kept_rows},
+        exact=False,
+    )
 
 
 def vocabulary_cases(B: int, S: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -106,20 +124,32 @@ def vocabulary_cases(B: int, S: int, dtype: torch.dtype) -> Iterator[Case]:
     N, V = round(B * S * LABELLED), VOCABULARY
     logits = N * V * dtype.itemsize
     yield Case(
-        "token_cross_entropy", {"N": N, "V": V}, dtype,
-        lambda: (torch.randn(N, V, dtype=dtype, device=DEVICE).requires_grad_(), torch.randint(V, (N,), device=DEVICE)), (0,),
-        providers("token_cross_entropy"), {"forward": logits, "backward": 2 * logits}, exact=False,
-    )  # fmt: skip
+        "token_cross_entropy",
+        {"N": N, "V": V},
+        dtype,
+        inputs=lambda: (
+            torch.randn(N, V, dtype=dtype, device=DEVICE).requires_grad_(),
+            torch.randint(V, (N,), device=DEVICE),
+        ),
+        arguments=(0,),
+        providers=providers("token_cross_entropy"),
+        moved={"forward": logits, "backward": 2 * logits},
+        exact=False,
+    )
 
 
 def index_cases(B: int, S: int) -> Iterator[Case]:
-    """Selection and importance: a few hundred kilobytes, so the launch is what they cost."""
+    """Selection and importance: they move a few hundred kilobytes, so the launch dominates their time."""
     N, V = round(B * S * LABELLED), VOCABULARY
     yield Case(
-        "select_tokens", {"B": B, "S": S}, torch.float32,
-        lambda: (torch.rand(V, device=DEVICE), torch.randint(V, (B, S), device=DEVICE), S // 2), (),
-        providers("select_tokens"), {"forward": B * S * (8 + 4 + 4) + B * S // 2 * 4},
-    )  # fmt: skip
+        "select_tokens",
+        {"B": B, "S": S},
+        torch.float32,
+        inputs=lambda: (torch.rand(V, device=DEVICE), torch.randint(V, (B, S), device=DEVICE), S // 2),
+        arguments=(),
+        providers=providers("select_tokens"),
+        moved={"forward": B * S * (8 + 4 + 4) + B * S // 2 * 4},
+    )
 
     def record(function: Callable[..., None]) -> Callable[..., Tensor]:
         def recorded(stats, labels, losses):
@@ -136,17 +166,29 @@ def index_cases(B: int, S: int) -> Iterator[Case]:
         return updated
 
     yield Case(
-        "record_losses", {"N": N, "V": V}, torch.float32,
-        lambda: (torch.zeros(2, V, dtype=torch.float64, device=DEVICE), torch.randint(V, (N,), device=DEVICE),
-                 torch.rand(N, device=DEVICE) * 10), (),
-        {name: record(function) for name, function in providers("record_losses").items()}, {"forward": N * (8 + 4 + 4 * 8)},
-    )  # fmt: skip
+        "record_losses",
+        {"N": N, "V": V},
+        torch.float32,
+        inputs=lambda: (
+            torch.zeros(2, V, dtype=torch.float64, device=DEVICE),
+            torch.randint(V, (N,), device=DEVICE),
+            torch.rand(N, device=DEVICE) * 10,
+        ),
+        arguments=(),
+        providers={name: record(function) for name, function in providers("record_losses").items()},
+        moved={"forward": N * (8 + 4 + 4 * 8)},
+    )
     yield Case(
-        "update_scores", {"V": V}, torch.float32,
-        lambda: (torch.full((V,), 10.0, device=DEVICE), torch.ones(2, V, dtype=torch.float64, device=DEVICE)), (),
-        {name: update(function) for name, function in providers("update_scores").items()}, {"forward": V * (8 + 8 + 4 + 4)},
-        exact=False, truth=lambda scores, stats: 0.995 * scores + 0.005 * stats[0] / stats[1],
-    )  # fmt: skip
+        "update_scores",
+        {"V": V},
+        torch.float32,
+        inputs=lambda: (torch.full((V,), 10.0, device=DEVICE), torch.ones(2, V, dtype=torch.float64, device=DEVICE)),
+        arguments=(),
+        providers={name: update(function) for name, function in providers("update_scores").items()},
+        moved={"forward": V * (8 + 8 + 4 + 4)},
+        exact=False,
+        truth=lambda scores, stats: 0.995 * scores + 0.005 * stats[0] / stats[1],
+    )
 
 
 def cases(quick: bool, random_ltd: Any) -> Iterator[Case]:
@@ -162,7 +204,7 @@ def cases(quick: bool, random_ltd: Any) -> Iterator[Case]:
 
 
 def results_of(case: Case, function: Callable[..., Any], inputs: Sequence[Any], upstream: Tensor | None) -> list[Tensor]:
-    """Outputs and gradients. Inputs that are written in place are copied first."""
+    """Outputs and gradients. Without gradients, the function gets copies of the inputs, as it may write in place."""
     if not case.arguments:
         output = function(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))
         return list(output) if isinstance(output, tuple) else [output]
@@ -171,30 +213,34 @@ def results_of(case: Case, function: Callable[..., Any], inputs: Sequence[Any], 
 
 
 def errors_of(results: Sequence[Tensor], truths: Sequence[Tensor]) -> list[float]:
-    """Of each result the largest error, relative to the largest number in the truth."""
-    return [
-        ((x.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).nan_to_num(nan=float("inf")).item()
-        for x, truth in zip(results, truths, strict=True)
-    ]
+    """The largest error of each result, relative to the largest number in the truth."""
+    errors = []
+    for x, truth in zip(results, truths, strict=True):
+        error = (x.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-30)
+        errors.append(error.nan_to_num(nan=float("inf")).item())
+    return errors
 
 
 def check(case: Case, function: Callable[..., Any], inputs: Sequence[Any], upstream: Tensor | None) -> tuple[list[str], float]:
     """(complaints about the output and about the gradients, empty if they are right; largest relative error).
 
-    Copies and indices must equal the twin's; other results may be twice as far from the float64 twin as torch's are.
+    Copies and indices must equal the reference's; other results may have twice the error of
+    torch's, against the reference in float64.
     """
-    twin = case.providers["torch"]
-    expected = results_of(case, twin, inputs, upstream)
+
+    def widen(x: Any) -> Any:
+        is_float = isinstance(x, Tensor) and x.is_floating_point()
+        return x.detach().double().requires_grad_(x.requires_grad) if is_float else x
+
+    in_torch = case.providers["torch"]
+    expected = results_of(case, in_torch, inputs, upstream)
     results = results_of(case, function, inputs, upstream)
     if case.exact:
         errors = [0.0 if torch.equal(x, y) else float("inf") for x, y in zip(results, expected, strict=True)]
         limits = [0.0] * len(errors)
     else:
-        wide = [
-            x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
-            for x in inputs
-        ]
-        truths = [t.detach() for t in results_of(case, case.truth or twin, wide, upstream)]
+        wide = [widen(x) for x in inputs]
+        truths = [t.detach() for t in results_of(case, case.truth or in_torch, wide, upstream)]
         errors = errors_of(results, truths)
         limits = [2 * error + 1e-6 for error in errors_of(expected, truths)]
     complaints = ["" if error <= limit else f"wrong by {error:.1e}" for error, limit in zip(errors, limits, strict=True)]
@@ -204,7 +250,7 @@ def check(case: Case, function: Callable[..., Any], inputs: Sequence[Any], upstr
 
 
 def calls_of(case: Case, function: Callable[..., Any], sets: Sequence[Sequence[Any]], upstream: Tensor | None, mode: str):
-    """One call per set of inputs. Must run on the stream that will time them."""
+    """One call per set of inputs. This must run on the stream that will time the calls."""
 
     def gradients(output: Tensor, inputs: Sequence[Any], retain_graph: bool) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, [inputs[i] for i in case.arguments], upstream, retain_graph=retain_graph)
@@ -221,7 +267,9 @@ def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
     """A row for each provider and mode."""
     torch.manual_seed(0)
     stream = torch.cuda.Stream()
-    moved = {**case.moved, **({"both": sum(case.moved.values())} if case.arguments else {})}
+    moved = dict(case.moved)
+    if case.arguments:
+        moved["both"] = sum(case.moved.values())
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         sets = [case.inputs() for _ in range(harness.input_sets(case.moved["forward"]))]
@@ -241,29 +289,50 @@ def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
         for mode in moved:
             complaint = complaints[0] if mode == "forward" else "".join(complaints)
             row = {
-                "op": case.op, **{key: case.shape.get(key, "") for key in ("B", "S", "D", "N", "V")},
-                "dtype": str(case.dtype).removeprefix("torch."), "mode": mode, "provider": provider,
-                "microseconds": "", "p20": "", "p80": "", "bytes": moved[mode], "GB_per_s": "", "share_of_copy": "",
-                "host_microseconds": "", "peak_MiB": "", "relative_error": f"{error:.2e}", "check": complaint or "passed",
-            }  # fmt: skip
+                "op": case.op,
+                **{key: case.shape.get(key, "") for key in ("B", "S", "D", "N", "V")},
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "mode": mode,
+                "provider": provider,
+                "microseconds": "",
+                "p20": "",
+                "p80": "",
+                "bytes": moved[mode],
+                "GB_per_s": "",
+                "share_of_copy": "",
+                "host_microseconds": "",
+                "peak_MiB": "",
+                "relative_error": f"{error:.2e}",
+                "check": complaint or "passed",
+            }
             if not complaint:
                 with torch.cuda.stream(stream):
                     calls = calls_of(case, function, sets, upstream, mode)
-                    peak = harness.peak_bytes(calls[0])
-                    host = harness.host_microseconds(calls[0]) if mode == "forward" else None
-                timing = harness.time_calls(calls, stream)
+                row |= figures(calls, stream, moved[mode], bandwidth, with_host=mode == "forward")
                 del calls
-                rate = moved[mode] / timing.median * 1e6
-                row |= {
-                    "microseconds": round(timing.median, 2), "p20": round(timing.p20, 2), "p80": round(timing.p80, 2),
-                    "GB_per_s": round(rate / 1e9, 1), "share_of_copy": round(rate / bandwidth, 3),
-                    "host_microseconds": "" if host is None else round(host, 1), "peak_MiB": round(peak / 2**20, 1),
-                }  # fmt: skip
             yield row
 
 
+def figures(calls: Sequence[Callable], stream: Any, moved: int, bandwidth: float, with_host: bool) -> dict[str, Any]:
+    """The measured columns of a row. moved: bytes per call; with_host: also measure the host's time."""
+    with torch.cuda.stream(stream):
+        peak = harness.peak_bytes(calls[0])
+        host = harness.host_microseconds(calls[0]) if with_host else None
+    timing = harness.time_calls(calls, stream)
+    rate = moved / timing.median * 1e6
+    return {
+        "microseconds": round(timing.median, 2),
+        "p20": round(timing.p20, 2),
+        "p80": round(timing.p80, 2),
+        "GB_per_s": round(rate / 1e9, 1),
+        "share_of_copy": round(rate / bandwidth, 3),
+        "host_microseconds": "" if host is None else round(host, 1),
+        "peak_MiB": round(peak / 2**20, 1),
+    }
+
+
 def table_lines(case: Case, rows: Sequence[dict[str, Any]], modes: Sequence[str]) -> Iterator[str]:
-    """One line per mode: time and share of copy bandwidth of ours, then how much longer the others take."""
+    """One line per mode: time and share of copy bandwidth of our kernel, then the others' times and their ratios to it."""
     for mode in modes:
         cells = []
         ours = None
@@ -290,11 +359,11 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], environment: harness.Enviro
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chosen = [
-        row for row in rows
-        if row["dtype"] == "bfloat16" and row["check"] == "passed" and row["mode"] != "both"
-        and (all(row[key] == size for key, size in HEADLINE.items()) or row["N"] == round(64 * 512 * LABELLED))
-    ]  # fmt: skip
+    def is_shown(row: dict[str, Any]) -> bool:
+        has_shape = all(row[key] == size for key, size in HEADLINE.items()) or row["N"] == round(64 * 512 * LABELLED)
+        return has_shape and row["dtype"] == "bfloat16" and row["check"] == "passed" and row["mode"] != "both"
+
+    chosen = [row for row in rows if is_shown(row)]
     bars = list(dict.fromkeys((row["op"], row["mode"]) for row in chosen))
     figure, axes = pyplot.subplots(figsize=(10, 0.6 * len(bars) + 1.5), layout="constrained")
     for i, provider in enumerate(PROVIDERS):
@@ -304,7 +373,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], environment: harness.Enviro
     axes.set_yticks(range(len(bars)), [f"{op}, {mode}" for op, mode in bars])
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("bytes that must move per second, as a share of copy bandwidth")
+    axes.set_xlabel("necessary bytes per second, as a share of copy bandwidth")
     axes.set_title(f"B=64, S=512, D=1024, bfloat16 — {environment.device}, torch {environment.torch}, {environment.commit}")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
@@ -315,7 +384,7 @@ def load_random_ltd() -> Any:
     """DeepSpeed's module of random-LTD operators, or None with the reason printed."""
     try:
         from benchmarks import random_ltd
-    except ImportError as error:  # DeepSpeed and transformers are needed for this comparison only
+    except ImportError as error:  # only this comparison needs DeepSpeed and transformers
         reason: str | None = str(error)
     else:
         reason = random_ltd.unavailable()
@@ -326,7 +395,7 @@ def load_random_ltd() -> Any:
 
 
 def print_floors(quick: bool) -> None:
-    print(f"No CUDA device: bytes that must move, and their time at {ASSUMED_BANDWIDTH / 1e12:.1f} TB/s (about an H100)")
+    print(f"No CUDA device: necessary bytes, and their time at {ASSUMED_BANDWIDTH / 1e12:.1f} TB/s (about an H100)")
     for case in cases(quick, None):
         if case.shape.get("S", 512) == 512:
             for mode, moved in case.moved.items():
@@ -337,13 +406,13 @@ def print_floors(quick: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="only B=64, S=512, D=1024 in bfloat16")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder that gets <device>/kernels.csv and .png")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for <device>/kernels.csv and .png")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print_floors(options.quick)
         return 0
 
-    functorch_config.donated_buffer = False  # lets a compiled backward be timed again and again
+    functorch_config.donated_buffer = False  # allows repeated calls of a compiled backward
     environment = harness.Environment.collect()
     bandwidth = harness.copy_bandwidth()
     print(
@@ -364,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot(folder / "kernels.png", rows, environment)
     print(f"{len(rows)} rows in {folder / 'kernels.csv'}")
     if refused:
-        print(f"our kernels failed their check in {refused} cases: no figure was printed for them", file=sys.stderr)
+        print(f"our kernels failed their check in {refused} cases, for which no time is printed", file=sys.stderr)
     return 1 if refused else 0
 
 

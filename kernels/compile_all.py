@@ -1,10 +1,10 @@
 """Compile every kernel to machine code without a GPU: `python kernels/compile_all.py`.
 
-The interpreter, in which the tests run on machines without a GPU, lets type errors, unsupported instructions and register
-spills through; building the cubins does not. Nothing is described twice: the operators themselves are called, over every block
-size of their launch tables, every dtype, aligned and not, and their launches are caught on the way to the driver. Each distinct
-launch is then compiled for every architecture and printed in one line. The exit status is 1 if a kernel spills registers, or
-if one that moves aligned rows does not do so in accesses of 16 bytes.
+The tests use triton's interpreter on machines without a GPU. It misses type errors, unsupported instructions
+and register spills, which building the cubins finds. This script calls the operators themselves with every
+block size of their launch tables and every dtype, aligned and unaligned, and intercepts their launches before
+the driver. It compiles each distinct launch for every architecture and prints one line for it. The exit
+status is 1 if a kernel spills registers, or if one that moves aligned rows does not use accesses of 16 bytes.
 """
 
 import itertools
@@ -35,14 +35,19 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
 WIDE = ("take_rows_kernel", "split_rows_kernel", "softmax_kl_kernel", "softmax_kl_backward_kernel", "cross_entropy_kernel")
 TYPE_NAMES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
-}  # fmt: skip
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One specialisation of a kernel, as triton's own launcher would choose it."""
+    """One specialisation of a kernel, chosen as in triton's launcher."""
 
     kernel: JITFunction = field(compare=False)
     name: str
@@ -88,10 +93,10 @@ class Launch:
 
 def floats(*shape: int, dtype: torch.dtype, aligned: bool) -> torch.Tensor:
     """Uninitialised memory; not aligned: an odd row length, and a start between two 16-byte boundaries."""
-    if aligned:
-        return torch.empty(shape, dtype=dtype)
     *rows, columns = shape
-    return torch.empty(*rows, columns + 1, dtype=dtype)[..., 1:-1] if columns > 2 else torch.empty(shape, dtype=dtype)
+    if aligned or columns <= 2:
+        return torch.empty(shape, dtype=dtype)
+    return torch.empty(*rows, columns + 1, dtype=dtype)[..., 1:-1]
 
 
 def powers(smallest: int, largest: int) -> Iterator[int]:
@@ -101,7 +106,7 @@ def powers(smallest: int, largest: int) -> Iterator[int]:
 
 
 def launch_all() -> Iterator[str]:
-    """Make every launch there can be, on tensors with few rows. Yields a label, then makes the launch that it names."""
+    """Make every possible launch, on tensors with few rows. Yields a label before the launch that it names."""
     kept, slot = torch.empty(2, 16, dtype=torch.int32), torch.empty(2, 32, dtype=torch.int32)
     rows, kl_stats, ce_stats = torch.empty(32), torch.empty(5, 32), torch.empty(2, 32)
     scores, loss_stats = torch.empty(64), torch.empty(2, 64, dtype=torch.float64)
@@ -169,7 +174,7 @@ def launches() -> list[Launch]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers per thread, bytes of local memory per thread, which is where spills go) of a cubin with one kernel."""
+    """(registers, bytes of local memory, where spills go), both per thread, of a cubin with one kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -180,7 +185,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def access_width(ptx: str) -> int:
-    """Bytes per access to global memory, of the width in which most bytes move."""
+    """The width in bytes of those accesses to global memory that move the most bytes."""
     moved: Counter[int] = Counter()
     for count, bits in re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\b", ptx):
         width = int(count or 1) * int(bits) // 8
@@ -189,7 +194,7 @@ def access_width(ptx: str) -> int:
 
 
 def compile_one(job: tuple[int, int]) -> tuple[str, str]:
-    """(line to print, what is wrong with it if anything) of the launch with this index, for this architecture."""
+    """(line to print, problem or "") of the launch with this index, for this architecture."""
     index, architecture = job
     launch = launches()[index]
     kernel = launch.compile(architecture)
@@ -203,7 +208,7 @@ def compile_one(job: tuple[int, int]) -> tuple[str, str]:
     if spills:
         return line, "spills registers: use smaller blocks or more warps"
     if access < 16 and launch.name in WIDE and "unaligned" not in launch.label:
-        return line, "moves aligned rows in narrow accesses: look at its masks and pointers"
+        return line, "moves aligned rows in narrow accesses: check its masks and pointers"
     return line, ""
 
 
@@ -211,10 +216,10 @@ def main() -> int:
     jobs = [(i, architecture) for i in range(len(launches())) for architecture in ARCHITECTURES]
     wrong = 0
     with ProcessPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
-        for line, complaint in pool.map(compile_one, jobs, chunksize=8):
+        for line, problem in pool.map(compile_one, jobs, chunksize=8):
             print(line, flush=True)
-            if complaint:
-                print(f"  ^ {complaint}", file=sys.stderr)
+            if problem:
+                print(f"  ^ {problem}", file=sys.stderr)
                 wrong += 1
     names = {launch.name for launch in launches()}
     print(f"{len(jobs)} cubins of {len(names)} kernels, {wrong} of them wrong, triton {triton.__version__}")

@@ -1,4 +1,4 @@
-"""Ablations: what is planned, what is said of runs that are finished, and a sweep from its configuration to its figure."""
+"""Ablations: the planned runs, the tables of finished runs, and a sweep from its configuration to its figure."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from benchmarks.ablate import SWEEPS, configured, plan, tabulate
 from benchmarks.ablation_tables import BEGAN, PAPER, Run, in_order, measured, operations, score
 from sctd_ds import ConfigError, ScTDConfig, data
 from sctd_ds.config import MAY_DIFFER_IN_TABLE, MAY_DIFFER_ON_RESUME
-from sctd_ds.eval import synthetic as twins
+from sctd_ds.eval import synthetic
 from sctd_ds.integrations.export import ImportanceTable, read_importance
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 from sctd_ds.method.schedule import MODES, mean_cost
@@ -64,7 +64,7 @@ def test_a_trained_model_has_no_variant_of_fewer_layers(tmp_path, capsys):
 
 
 def test_rows_of_table_4_learn_the_terms_they_are_named_after(tmp_path):
-    """Every row of the paper is there, and a term is in the objective exactly where its name is in the row's."""
+    """Every row of the paper is planned, and a term is in the objective exactly if its name is in the row's name."""
     options = ablation_options(tmp_path, sweep=["objective"])
     rows = plan(options)["objective"]
     assert set(rows) == set(PAPER["objective"][1])
@@ -99,7 +99,7 @@ def test_what_cannot_run_is_refused_before_the_first_run(tmp_path, changes, mess
 
 @pytest.fixture
 def ablation(tmp_path, small_data, monkeypatch):
-    """A sweep of one variant, whose runs only pretend to train. Called with arguments: the status, and the runs it started."""
+    """A sweep of one variant with fake training. Calling it with arguments returns the status and the started runs."""
     (tmp_path / "text.txt").write_text("one two three")
     for kind in ("tokenizer", "model"):
         shutil.copytree(small_data / "tokenizer", tmp_path / kind)
@@ -129,7 +129,7 @@ def ablation(tmp_path, small_data, monkeypatch):
         (["--set", "pretrain.data={}/other.txt"], "pretrain.data: ['{}/text.txt'] -> ['{}/other.txt']"),
         (["--data", "{}/other.txt"], "pretrain.data: ['{}/text.txt'] -> ['{}/other.txt']"),
         (["--set", "pretrain.validation_rows=16"], "pretrain.validation_rows: 8 -> 16"),
-        # They change the time of a step, which is compared, too.
+        # These change the step time, which the tables compare.
         (["--set", "pretrain.deterministic=true"], "pretrain.deterministic: False -> True"),
         (["--set", "pretrain.num_workers=1"], "pretrain.num_workers: 0 -> 1"),
         (["--set", "wall_clock_breakdown=true"], "wall_clock_breakdown: unset -> True"),
@@ -140,7 +140,7 @@ def test_runs_that_cannot_be_compared_are_refused_before_any_starts(ablation, tm
     (tmp_path / "other.txt").write_text("four five six")
     assert ablation("--seeds", "1") == (0, ["base_seed-0"])
     assert ablation("--seeds", "2", *(text.format(tmp_path) for text in changes)) == (2, [])
-    assert f"base_seed-0: begun with other settings ({difference.format(tmp_path, tmp_path)}" in capsys.readouterr().err
+    assert f"base_seed-0: started with other settings ({difference.format(tmp_path, tmp_path)}" in capsys.readouterr().err
     assert not (tmp_path / "out" / "runs" / "base_seed-1").exists()
 
 
@@ -160,10 +160,10 @@ def test_a_text_that_was_edited_is_refused_and_one_that_is_gone_where_runs_need_
     assert ablation("--seeds", "2") == (0, ["base_seed-1"])
     text.write_text("one two four")
     assert ablation("--seeds", "3") == (2, [])
-    assert "base_seed-0: begun with other settings (pretrain.data (content): " in capsys.readouterr().err
+    assert "base_seed-0: started with other settings (pretrain.data (content): " in capsys.readouterr().err
     text.unlink()
     assert ablation("--seeds", "3") == (2, []) and "text.txt: no such file" in capsys.readouterr().err
-    assert ablation("--seeds", "2") == (0, [])  # the table of what is finished
+    assert ablation("--seeds", "2") == (0, [])  # all runs are finished
 
 
 @pytest.mark.parametrize("what", ["tokenizer", "model"])
@@ -173,7 +173,7 @@ def test_runs_on_another_tokenizer_or_trained_model_of_the_same_name_are_refused
     assert ablation("--seeds", "2", *given) == (0, ["base_seed-1"])
     (tmp_path / what / "tokenizer.json").write_text("{}")
     assert ablation("--seeds", "3", *given) == (2, [])
-    assert f"base_seed-0: begun with other settings (pretrain.{what} (content): " in capsys.readouterr().err
+    assert f"base_seed-0: started with other settings (pretrain.{what} (content): " in capsys.readouterr().err
 
 
 def test_runs_on_data_built_anew_under_the_same_name_are_refused(ablation, tmp_path, capsys, small_data):
@@ -181,10 +181,10 @@ def test_runs_on_data_built_anew_under_the_same_name_are_refused(ablation, tmp_p
     assert ablation("--seeds", "1", "--data", str(built)) == (0, ["base_seed-0"])
     again = {"tokenizer": str(small_data / "tokenizer"), "seq_length": 32, "overwrite": True}
     data.build([str(small_data.parent / "text.txt")], built, **again)
-    assert ablation("--seeds", "2", "--data", str(built)) == (0, ["base_seed-1"])  # the same text, cut alike
+    assert ablation("--seeds", "2", "--data", str(built)) == (0, ["base_seed-1"])  # the same text and the same rows
     data.build([str(small_data.parent / "text.txt")], built, **again, seed=1)
     assert ablation("--seeds", "3", "--data", str(built)) == (2, [])
-    assert "base_seed-0: begun with other settings (pretrain.data (content): " in capsys.readouterr().err
+    assert "base_seed-0: started with other settings (pretrain.data (content): " in capsys.readouterr().err
 
 
 def test_data_that_changes_while_an_ablation_runs_ends_it(ablation, tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ def test_data_that_changes_while_an_ablation_runs_ends_it(ablation, tmp_path, mo
 
 
 def test_a_table_of_frequencies_is_exported_as_one(tmp_path, small_data, monkeypatch):
-    """With the scores as they are, pins included, though the counts behind them are not in the checkpoint's table."""
+    """Its scores are unchanged, pinned ids included, although the checkpoint's table lacks the counts behind them."""
     tokenizer = AutoTokenizer.from_pretrained(small_data / "tokenizer")
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
     network = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes))
@@ -260,17 +260,17 @@ def test_tables_hold_finished_runs_only(tmp_path):
     assert "| 3 | 3.0000 ± 0.1000 (p 0.020) | 2000.00 ± 0.00 |" in rows["dense"]
     assert rows["dense"].endswith("| 61.50 (of 1) | 0.00 | 77.73 | 74.15 |")
     assert "| 3 | 3.2333 ± 0.1528 |" in rows["token_drop"] and rows["Fi=10"].split("|")[2].strip() == "2"
-    assert "2 tests stand in this table" in text and "p below 0.025" in text
+    assert "2 tests in this table" in text and "p below 0.025" in text
     assert (tmp_path / "interval.png").stat().st_size > 10_000
     assert len(rows_of(tmp_path / "results.csv")) == 3 + 3 + 2
-    # Time and operations add up along a run.
+    # Time and operations accumulate along a run.
     curve = [row for row in rows_of(tmp_path / "curves.csv") if (row["variant"], row["seed"]) == ("dense", "1")]
     columns = ("step", "seconds", "dense_steps", "loss_full")
     assert [[float(row[key]) for key in columns] for row in curve] == [[3, 5, 3 * 0.8, 4.1], [5, 9, 4, 3.1]]
 
 
 def tiny_shape(layers: int) -> Shape:
-    """Of ds_configs/tiny.json, but for the depth."""
+    """The shape of ds_configs/tiny.json with this many layers."""
     return Shape(layers, hidden=128, intermediate=512, vocabulary=8192, length=128, labels=20)
 
 
@@ -291,7 +291,7 @@ def test_operations_are_counted_against_the_base_s_depth_whatever_is_finished(tm
 
 @pytest.mark.parametrize("last_layer", ["all", "labelled"])
 def test_every_variant_counts_its_operations_in_dense_steps_of_the_base(tmp_path, last_layer):
-    """From its own report alone. A variant that changed a dense step by more than its layers would not."""
+    """Its own report suffices, because a variant changes a dense step only by its number of layers."""
     options = ablation_options(tmp_path, seeds=1, overrides=[f"sctd.last_layer={last_layer}"])
     base = load(options.config, options.overrides)
     dense = sequence_flops(tiny_shape(12), base.sctd, "dense")
@@ -310,14 +310,14 @@ def test_nothing_is_said_where_nothing_was_run(tmp_path):
 
 
 def test_a_sweep_is_scored_along_its_run(tmp_path, small_data, monkeypatch, capsys):
-    """From the configuration to Figure 6: a real run, its checkpoints as models, and their scores; then nothing runs twice."""
+    """From the configuration to Figure 6: a real run, its checkpoints as models, and their scores; nothing runs twice."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name)  # transformers would take them for a launcher's
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    twins.write_twins(tmp_path / "twins", train=24, validation=12)
+    synthetic.write(tmp_path / "tasks", train=24, validation=12)
     out = tmp_path / "out"
     config = write_settings(tmp_path / "run.json", pretrain={"steps": 8})
-    command = ["--config", str(config), "--out", str(out), "--data", str(small_data), "--data-dir", str(tmp_path / "twins")]
+    command = ["--config", str(config), "--out", str(out), "--data", str(small_data), "--data-dir", str(tmp_path / "tasks")]
     command += ["--sweep", "method", "--variants", "sctd", "--seeds", "1", "--points", "2"]
     command += ["--tasks", "rte", "--eval-arguments", "--max-steps 1"]
     assert ablate.main(command) == 0
@@ -329,7 +329,7 @@ def test_a_sweep_is_scored_along_its_run(tmp_path, small_data, monkeypatch, caps
     assert all(float(row["mean of tasks"]) == scored[row["step"]]["rte"] for row in curve)
     (result,) = rows_of(out / "results.csv")
     assert result["mean of tasks"] == curve[-1]["mean of tasks"] and (out / "method.png").stat().st_size > 10_000
-    assert "synthetic twins" in capsys.readouterr().out
+    assert "synthetic tasks" in capsys.readouterr().out
 
     # The last checkpoint is the exported model, bit for bit, and so is the table.
     last = ablate.export_point(run, 8)

@@ -1,4 +1,4 @@
-"""Evaluation: data and its errors, metrics against cases worked out by hand, and every task end to end on its twin."""
+"""Evaluation: data and its errors, metrics against cases computed by hand, and every synthetic task end to end."""
 
 import json
 import os
@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sctd_ds.eval import EvalError, analysis, baseline, finetune, glue_average, report, scores, sources
-from sctd_ds.eval import synthetic as twins
+from sctd_ds.eval import EvalError, analysis, baseline, finetune, report, scores, sources, synthetic
 from sctd_ds.eval.__main__ import main
 from sctd_ds.eval.finetune import Limits
 from sctd_ds.eval.grammar import Language
@@ -31,16 +30,16 @@ LAUNCHER = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZ
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    """The Trainer takes these for a launcher's."""
+    """The Trainer would take these variables for a launcher's."""
     for name in LAUNCHER:
         monkeypatch.delenv(name)
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def twin_data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("twins")
-    twins.write_twins(folder, train=120, validation=60)
+def synthetic_data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic")
+    synthetic.write(folder, train=120, validation=60)
     return folder
 
 
@@ -55,8 +54,14 @@ def model_folder(tmp_path_factory) -> Path:
     write_grammar(["--documents", "1000", "--out", str(folder / "text.txt")])
     built = data.load(data.build([str(folder / "text.txt")], folder / "built", vocab_size=2000, seq_length=64))
     transformers.set_seed(0)
-    config = transformers.BertConfig(vocab_size=len(built.tokenizer), hidden_size=32, num_hidden_layers=4,
-                                     num_attention_heads=2, intermediate_size=64, max_position_embeddings=96)  # fmt: skip
+    config = transformers.BertConfig(
+        vocab_size=len(built.tokenizer),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=96,
+    )
     transformers.BertForMaskedLM(config).save_pretrained(folder / "tiny")
     built.tokenizer.save_pretrained(folder / "tiny")
     return folder / "tiny"
@@ -75,7 +80,7 @@ def test_classification_metrics():
 
 
 def test_correlations():
-    # Ranks agree wholly; Pearson of (1,2,3) and (1,4,9): 8 / sqrt(2 * 98/3).
+    # Equal ranks; Pearson of (1,2,3) and (1,4,9): 8 / sqrt(2 * 98/3).
     assert scores.correlation([1, 2, 3], [1, 4, 9]) == pytest.approx({"pearson": 800 / (2 * 98 / 3) ** 0.5, "spearman": 100})
     assert scores.correlation([1, 2, 3], [3, 2, 1])["spearman"] == pytest.approx(-100)
     assert scores.correlation([1, 2, 3], [2, 2, 2]) == {"pearson": 0.0, "spearman": 0.0}
@@ -95,24 +100,31 @@ def test_entities_need_type_and_both_ends():
 
 def test_squad_v1_scorer():
     values = scores.squad([["The Eiffel Tower"], ["in 1889", "1889"], ["a red fox"]], ["eiffel tower!", "1889", "red dog"])
-    # Exact: 2 of 3. F1 of the third: one common word of two and two.
+    # Exact: 2 of 3. F1 of the third: one shared word, of two each.
     assert values == pytest.approx({"exact_match": 200 / 3, "f1": 100 * 2.5 / 3})
 
 
 def test_squad_v1_scorer_is_that_of_torchmetrics():
     from torchmetrics.functional.text import squad
 
-    def theirs(gold: list[list[str]], predicted: list[str]) -> dict[str, float]:
+    def expected(gold: list[list[str]], predicted: list[str]) -> dict[str, float]:
         answers = [{"text": texts, "answer_start": [0] * len(texts)} for texts in gold]
         questions = [{"id": str(i), "answers": each} for i, each in enumerate(answers)]
         guesses = [{"id": str(i), "prediction_text": text} for i, text in enumerate(predicted)]
         return {name: float(value) for name, value in squad(guesses, questions).items()}
 
     for gold, guess in (
-        (["The Eiffel Tower"], "eiffel tower!"), (["in 1889", "1889"], "1889"), (["a red fox"], "red dog"), (["an"], "the"),
-        (["x"], ""), (["U.S."], "us"), (["Straße"], "strasse"), (["no  space"], "nospace"), (["b b c"], "b c c"),
-    ):  # fmt: skip
-        assert scores.squad([gold], [guess]) == pytest.approx(theirs([gold], [guess]))
+        (["The Eiffel Tower"], "eiffel tower!"),
+        (["in 1889", "1889"], "1889"),
+        (["a red fox"], "red dog"),
+        (["an"], "the"),
+        (["x"], ""),
+        (["U.S."], "us"),
+        (["Straße"], "strasse"),
+        (["no  space"], "nospace"),
+        (["b b c"], "b c c"),
+    ):
+        assert scores.squad([gold], [guess]) == pytest.approx(expected([gold], [guess]))
     generator = random.Random(0)
     words = ["the", "an", "A", "fox", "Fox.", "red", "red,", "dog's", "1889", "-", "“so”", "é", ""]
 
@@ -124,18 +136,18 @@ def test_squad_v1_scorer_is_that_of_torchmetrics():
         gold = [[text() for _ in range(generator.randint(1, 3))] for _ in range(10)]
         predicted = [text() for _ in gold]
         values.append(scores.squad(gold, predicted))
-        assert values[-1] == pytest.approx(theirs(gold, predicted), abs=1e-4)
+        assert values[-1] == pytest.approx(expected(gold, predicted), abs=1e-4)
     assert np.mean([v["exact_match"] for v in values]) > 2 and np.mean([v["f1"] for v in values]) > 20  # not all of them wrong
 
 
 def test_squad_v2_counts_partial_answers_and_silence():
     gold, predicted = [["red fox"], [], ["one"], []], ["red dog", "x", "one", "y"]
     values = scores.squad(gold, predicted, no_answer=[-2.0, -1.0, 0.0, 1.0])
-    # At 0 the last is silent, and rightly: half of the first answer is right, nothing of the second, all of the third.
+    # At 0 only the last is unanswered, which is right; half of the first answer is right, none of the second, all of the third.
     assert (values["exact_match"], values["f1"]) == (50, 62.5)
     # Answering the first 0 to 4: exact 2, 2, 1, 2, 1 of 4; F1 2, 2.5, 1.5, 2.5, 1.5 of 4.
     assert (values["best_exact_match"], values["best_f1"]) == (50, 62.5)
-    # Silent where an answer stands in the context counts nothing; an answer that is only an article is silence.
+    # No answer to an answerable question scores 0; an answer that is only an article counts as none.
     assert scores.squad([["one"], []], ["one", "the"], no_answer=[1.0, -1.0])["f1"] == 50
 
 
@@ -146,9 +158,9 @@ def test_squad_v2_scorer_and_its_threshold():
     assert values["exact_match"] == values["f1"] == 50
     # Answering the first only, or the first three: right are 1, 2 and 4, or 1, 3 and 4.
     assert values["best_exact_match"] == values["best_f1"] == 75
-    # No threshold separates equal margins: all are answered (x, y right) or none is (2 and 4 right).
+    # No threshold separates equal margins: all are answered (x and y right), or none is (2 and 4 right).
     assert scores.squad(gold, predicted, no_answer=[0.5] * 4)["best_exact_match"] == 50
-    # The best can be to answer nothing at all.
+    # The best threshold may answer nothing.
     assert scores.squad([[], []], ["a", "b"], no_answer=[-1.0, -2.0])["best_exact_match"] == 100
 
 
@@ -159,26 +171,34 @@ def test_squad_threshold_is_that_of_a_search_over_all():
         gold = [["x"] if generator.random() < 0.6 else [] for _ in range(n)]
         predicted = [generator.choice("xy") for _ in range(n)]
         margin = [generator.choice([-2.0, -1.0, 0.0, 1.0, 2.0]) for _ in range(n)]
-        tried = [
-            np.mean([(answers == ["x"] and said == "x") if m <= cut else not answers
-                     for answers, said, m in zip(gold, predicted, margin, strict=True)])
-            for cut in (-3, *margin)
-        ]  # fmt: skip
-        assert scores.squad(gold, predicted, margin)["best_exact_match"] == pytest.approx(100 * max(tried))
+        best = 0.0
+        for threshold in (-3, *margin):
+            right = [
+                (answers == ["x"] and guess == "x") if value <= threshold else not answers
+                for answers, guess, value in zip(gold, predicted, margin, strict=True)
+            ]
+            best = max(best, np.mean(right))
+        assert scores.squad(gold, predicted, margin)["best_exact_match"] == pytest.approx(100 * best)
 
 
 @pytest.mark.parametrize(
     "row, average",
-    [((61.3, 90.0, 92.7, 90.2, 89.9, 83.8, 86.3, 86.1, 93.5), 84.37),
-     ((65.6, 91.4, 93.8, 90.2, 89.9, 84.5, 87.1, 86.5, 94.2), 85.63)],
+    [
+        ((61.3, 90.0, 92.7, 90.2, 89.9, 83.8, 86.3, 86.1, 93.5), 84.37),
+        ((65.6, 91.4, 93.8, 90.2, 89.9, 84.5, 87.1, 86.5, 94.2), 85.63),
+    ],
     ids=["baseline", "sctd"],
-)  # fmt: skip
+)
 def test_glue_average_is_formed_as_in_the_paper(row, average):
+    columns, _, _ = report.TABLES["GLUE (Table 2)"]
+    assert [task for task, _ in columns] == [task for task in SUITES["glue"] for _ in TASKS[task].metrics]
     values = iter(row)
-    table = {task: {metric: next(values) for metric in TASKS[task].metrics} for task in SUITES["glue"]}
-    assert glue_average(table) == pytest.approx(average, abs=0.005)
-    del table["rte"]
-    assert glue_average(table) is None  # an incomplete suite has no average
+    records = [
+        {"model": "m", "task": task, "settings": {"seed": 0}, "scores": {name: next(values) for name in TASKS[task].metrics}}
+        for task in SUITES["glue"]
+    ]
+    assert report.averages(records, "m", columns) == {0: pytest.approx(average, abs=0.005)}
+    assert report.averages([record for record in records if record["task"] != "rte"], "m", columns) == {}
 
 
 # Tasks and data.
@@ -208,12 +228,12 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_twins_have_the_real_schema_and_balanced_labels(name, twin_data):
+def test_synthetic_tasks_have_the_real_schema_and_balanced_labels(name, synthetic_data):
     task = TASKS[name]
     for split in ("train", *task.splits):
-        raw = [json.loads(line) for line in (twin_data / name / f"{split}.jsonl").read_text().splitlines()]
+        raw = [json.loads(line) for line in (synthetic_data / name / f"{split}.jsonl").read_text().splitlines()]
         assert all(set(row) == set(REAL[name].split()) for row in raw if name in REAL)
-        rows = sources.load(task, split, twin_data)
+        rows = sources.load(task, split, synthetic_data)
         if task.classes:
             counts = [sum(row[task.label] == i for row in rows) for i in range(len(task.classes))]
             assert min(counts) == max(counts)
@@ -221,7 +241,7 @@ def test_twins_have_the_real_schema_and_balanced_labels(name, twin_data):
         assert {bool(row["answers"]["text"]) for row in rows} == {True, False}
 
 
-# As docs/evaluation.md has it. Of two classes, 50 % is chance; mnli and cb have three.
+# As in docs/evaluation.md. Chance is 50 % for two classes; mnli and cb have three.
 CLOSED = ("cola", "mrpc", "boolq", "multirc", "copa", "squad_v2")
 HALF_OPEN = {"sst2": (50, 62), "rte": (60, 75), "mnli": (50, 65), "cb": (50, 65)}
 
@@ -231,7 +251,7 @@ def test_a_bag_of_words_is_where_the_docs_say(name):
     task, language = TASKS[name], Language()
     data = {}
     for split, count in {"train": 1500, task.splits[0]: 800}.items():
-        rows = enumerate(twins.twin(name, split, count, language))
+        rows = enumerate(synthetic.generate(name, split, count, language))
         data[split] = list(sources.check(task, ((str(i), row) for i, row in rows), name))
     found = baseline.bag_of_words(task, data)
     if name in CLOSED:  # four standard deviations of 800 guesses
@@ -248,7 +268,7 @@ def test_a_bag_of_words_is_where_the_docs_say(name):
 
 
 def test_the_bag_of_words_is_a_real_opponent():
-    """It learns what words do tell: of one text, of a pair, of choices, of tags, of whether there is an answer."""
+    """It learns what words predict: about one text, a pair, choices, tags, and whether there is an answer."""
     kinds = [("the near", "near", i % 2) if i % 2 else ("the far", "near", 0) for i in range(200)]
     pair = [{"sentence1": one, "sentence2": two, "label": label} for one, two, label in kinds]
     assert baseline.bag_of_words(TASKS["rte"], {"train": pair, "validation": pair[:50]})["accuracy"] == 100
@@ -259,16 +279,16 @@ def test_the_bag_of_words_is_a_real_opponent():
     assert baseline.bag_of_words(TASKS["copa"], {"train": chosen, "validation": chosen})["accuracy"] == 100
     tagged = [{"tokens": ["Ann", "ran"], "ner_tags": ["B-PER", "O"]}, {"tokens": ["Ann", "Bea"], "ner_tags": ["O", "B-PER"]}]
     found = baseline.bag_of_words(TASKS["conll03"], {"train": [*tagged, tagged[0]], "validation": tagged})
-    assert found["precision"] == pytest.approx(200 / 3) and found["recall"] == 100  # of three found, the second Ann is none
+    assert found["precision"] == pytest.approx(200 / 3) and found["recall"] == 100  # the second Ann is a false positive
     asked = [{"question": "who ?", "context": "y" + " x" * (i % 2), "answers": {"text": ["x"] * (i % 2)}} for i in range(100)]
     assert baseline.bag_of_words(TASKS["squad_v2"], {"train": asked, "validation": asked}) == {"answerable": 100}
 
 
-def test_the_command_tells_what_words_know(twin_data, capsys):
-    assert main(["bag-of-words", "--data-dir", str(twin_data), "--tasks", "cola,mnli,squad,conll03,tense"]) == 0
+def test_the_command_tells_what_words_know(synthetic_data, capsys):
+    assert main(["bag-of-words", "--data-dir", str(synthetic_data), "--tasks", "cola,mnli,squad,conll03,tense"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7 and lines[2].startswith("| CoLA | mcc ") and ", accuracy " in lines[2]
-    assert lines[3].startswith("| MNLI | accuracy ") and lines[4] == "| SQuAD v1 | not asked |"
+    assert lines[3].startswith("| MNLI | accuracy ") and lines[4] == "| SQuAD v1 | not scored |"
     assert lines[5].startswith("| CoNLL03 | f1 ") and lines[6].startswith("| probe tense | accuracy ")
     assert main(["bag-of-words", "--tasks", "colla"]) == 2
 
@@ -281,7 +301,7 @@ def test_every_file_format_gives_the_same_rows(suffix, tmp_path):
     import pyarrow.parquet
 
     task = TASKS["conll03" if suffix == "conll" else "rte"]
-    rows = twins.twin(task.name, "train", 10)
+    rows = synthetic.generate(task.name, "train", 10)
     path = tmp_path / task.name / f"train.{suffix}"
     path.parent.mkdir()
     if suffix == "parquet":
@@ -315,12 +335,12 @@ def test_every_file_format_gives_the_same_rows(suffix, tmp_path):
         ("rte", "", "has no rows; columns: sentence1, sentence2; label"),
         ("stsb", '{"sentence1": "a", "sentence2": "b", "label": 9}', "expected a number from 0 to 5"),
         ("copa", '{"premise": "a", "choice1": "b", "choice2": "c", "question": "why", "label": 0}', "cause or effect"),
-        ("squad", '{"context": "a and b", "question": "c", "answers": {"text": ["b"], "answer_start": [0]}}', "stand in the"),
+        ("squad", '{"context": "a and b", "question": "c", "answers": {"text": ["b"], "answer_start": [0]}}', "occur in the"),
         ("squad", '{"context": "a b", "question": "c", "answers": {"text": [], "answer_start": []}}', "at least one"),
         ("conll03", '{"tokens": ["a", "b"], "ner_tags": ["O"]}', "for each of 2 tokens"),
         ("conll03", '{"tokens": ["a"], "ner_tags": [3]}', "with names in labels.json"),
     ],
-)  # fmt: skip
+)
 def test_malformed_data_is_one_line_that_names_place_and_schema(name, content, message, tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "train.jsonl").write_text(content + "\n")
@@ -345,9 +365,9 @@ def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
         sources.load_probe("tense", tmp_path)
 
 
-def test_probe_files_are_read_and_checked(twin_data, tmp_path):
+def test_probe_files_are_read_and_checked(synthetic_data, tmp_path):
     for name, (file, labels) in PROBES.items():
-        loaded = sources.load_probe(name, twin_data)
+        loaded = sources.load_probe(name, synthetic_data)
         assert [len(loaded[split]) for split in ("train", "validation", "test")] == [120, 60, 60]
         assert {label for rows in loaded.values() for label, _ in rows} == set(labels)
         rows = [f"{part}\t{label}\tan older column\tone\x85two \u2028 .\n" for part in ("tr", "va", "te") for label in labels]
@@ -359,12 +379,12 @@ def test_probe_files_are_read_and_checked(twin_data, tmp_path):
 
 
 def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, monkeypatch):
-    """Against a stand-in of the Hub: RTE has splits, CoNLL03 also numbered tags, OntoNotes has files beside their names."""
+    """With a fake Hub: RTE has splits, CoNLL03 also numbered tags, OntoNotes has files, and tag names in another file."""
     import datasets
     import huggingface_hub
 
     asked = []
-    names = ["O", *(f"{part}-{kind}" for kind in twins.ENTITY_TYPES["ontonotes"] for part in "BI")]
+    names = ["O", *(f"{part}-{kind}" for kind in synthetic.ENTITY_TYPES["ontonotes"] for part in "BI")]
     tags = {name: number for number, name in enumerate(names)}
     conll = datasets.ClassLabel(names=["O", "B-PER", "I-PER", "B-ORG", "B-LOC"])
 
@@ -372,12 +392,12 @@ def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, mo
         asked.append(repo if data_files is None else [Path(file).name for file in data_files])
         if repo == "nyu-mll/glue":
             assert config == "rte"
-            return datasets.Dataset.from_list(twins.twin("rte", split, 20))
+            return datasets.Dataset.from_list(synthetic.generate("rte", split, 20))
         if repo == "lhoestq/conll2003":
-            rows = [{**row, "ner_tags": conll.str2int(row["ner_tags"])} for row in twins.twin("conll03", split, 20)]
+            rows = [{**row, "ner_tags": conll.str2int(row["ner_tags"])} for row in synthetic.generate("conll03", split, 20)]
             columns = {"id": datasets.Value("string"), "tokens": datasets.List(datasets.Value("string"))}
             return datasets.Dataset.from_list(rows, features=datasets.Features(**columns, ner_tags=datasets.List(conll)))
-        rows = twins.twin("ontonotes", "train" if "train00.json" in asked[-1] else "validation", 20)
+        rows = synthetic.generate("ontonotes", "train" if "train00.json" in asked[-1] else "validation", 20)
         return datasets.Dataset.from_list([{**row, "tags": [tags[tag] for tag in row["tags"]]} for row in rows])
 
     def download(repo, name, repo_type, local_files_only):
@@ -389,18 +409,18 @@ def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, mo
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    said = []
+    messages = []
     tasks = [TASKS["rte"], TASKS["conll03"], TASKS["ontonotes"], TASKS["sick"]]
-    assert sources.fetch(tasks, tmp_path / "data", said.append) == ["sick"]
+    assert sources.fetch(tasks, tmp_path / "data", messages.append) == ["sick"]
     files = [[f"train0{i}.json" for i in range(4)], ["valid.json"]]
-    assert asked == ["nyu-mll/glue"] * 2 + ["lhoestq/conll2003"] * 2 + files and "SICK_train.txt" in said[-1]
+    assert asked == ["nyu-mll/glue"] * 2 + ["lhoestq/conll2003"] * 2 + files and "SICK_train.txt" in messages[-1]
     asked.clear()
     assert sources.load(TASKS["rte"], "train", tmp_path / "data")[3]["label"] == 1
     for name in ("conll03", "ontonotes"):
         task = TASKS[name]
-        expected = [row[task.label] for row in twins.twin(name, "train", 20)]
+        expected = [row[task.label] for row in synthetic.generate(name, "train", 20)]
         assert [row[task.label] for row in sources.load(task, "train", tmp_path / "data")] == expected
-    sources.fetch(tasks, tmp_path / "data", said.append)
+    sources.fetch(tasks, tmp_path / "data", messages.append)
     assert asked == []  # what is there is not fetched again
     file = tmp_path / "data" / "rte" / "train.parquet"
     file.write_bytes(file.read_bytes()[:-20])
@@ -412,15 +432,15 @@ def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, mo
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_runs_end_to_end(name, twin_data, model_folder):
+def test_every_task_runs_end_to_end(name, synthetic_data, model_folder):
     task = TASKS[name]
-    result = finetune.finetune(Model("tiny", str(model_folder)), task, finetune.load_data(task, twin_data, False), 0, TINY)
+    result = finetune.finetune(Model("tiny", str(model_folder)), task, finetune.load_data(task, synthetic_data, False), 0, TINY)
     assert set(task.metrics) <= set(result)
     assert all(-100 <= value <= 100 for value in result.values())
 
 
-def test_fine_tuning_learns(twin_data, model_folder):
-    """A task that one word decides, with a rate for a tiny model: it must be learned, and not by the labels leaking."""
+def test_fine_tuning_learns(synthetic_data, model_folder):
+    """A tiny model learns a task that one word decides, and does not learn random labels, which would mean a leak."""
     rows = [{"sentence": f"the {w} was {w}", "label": i % 2} for i, w in enumerate(["near", "behind"] * 60)]
     task = finetune.with_recipe(TASKS["sst2"], learning_rate=3e-3, steps=40, batch=16)
     learned = finetune.finetune(Model("tiny", str(model_folder)), task, {"train": rows, "validation": rows[:40]}, 0)
@@ -430,9 +450,9 @@ def test_fine_tuning_learns(twin_data, model_folder):
     assert guessed["accuracy"] < 85
 
 
-def test_outcomes_are_stored_per_seed_and_never_mixed(twin_data, model_folder, tmp_path, monkeypatch):
+def test_outcomes_are_stored_per_seed_and_never_mixed(synthetic_data, model_folder, tmp_path, monkeypatch):
     task, store = TASKS["cb"], tmp_path / "cb" / "seed0.json"
-    data = finetune.load_data(task, twin_data, False)
+    data = finetune.load_data(task, synthetic_data, False)
     model = Model("tiny", str(model_folder))
     first = finetune.finetune(model, task, data, 0, TINY, store)
     assert first == finetune.finetune(model, task, data, 0, TINY)  # the seed decides everything
@@ -443,22 +463,22 @@ def test_outcomes_are_stored_per_seed_and_never_mixed(twin_data, model_folder, t
 
 
 def test_few_shots_are_counted_in_mentions():
-    rows = twins.twin("ontonotes", "train", 3000)
+    rows = synthetic.generate("ontonotes", "train", 3000)
     task = TASKS["ontonotes"]
     chosen = finetune.few_shot(rows, task, seed=1)
     counts = {
-        kind: sum(tag == f"B-{kind}" for row in chosen for tag in row["tags"]) for kind in twins.ENTITY_TYPES["ontonotes"]
+        kind: sum(tag == f"B-{kind}" for row in chosen for tag in row["tags"]) for kind in synthetic.ENTITY_TYPES["ontonotes"]
     }
     assert min(counts.values()) >= 32 and sorted(counts.values())[0] < 40
     assert chosen == finetune.few_shot(rows, task, seed=1) != finetune.few_shot(rows, task, seed=2)
 
 
 def test_answers_are_found_in_windows(model_folder):
-    """Perfect logits give back every answer, also where the context needs several windows."""
+    """Perfect logits yield every answer, also if the context needs several windows."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
-    rows = twins.twin("squad_v2", "validation", 30)
+    rows = synthetic.generate("squad_v2", "validation", 30)
     head = finetune.Spans(TASKS["squad_v2"], tokenizer, 32, {})
     windows, training = head.examples(rows, training=False), head.examples(rows, training=True)
     assert len(windows) == len(training) > len(rows)
@@ -476,7 +496,7 @@ def test_folders_that_are_no_models_are_named(model_folder, tmp_path):
     half = shutil.copytree(model_folder, tmp_path / "half")
     assert Model("x", str(half)).check()
     (half / "model.safetensors").unlink()
-    (half / "importance.safetensors").touch()  # of a run's model, but no model
+    (half / "importance.safetensors").touch()  # an importance table is no model
     with pytest.raises(EvalError, match=r"half: no weights \(model.safetensors\); expected"):
         Model("x", str(half)).check()
     (half / "pytorch_model.bin").touch()
@@ -488,9 +508,9 @@ def test_folders_that_are_no_models_are_named(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing/folder", "no such folder, nor a Hub name that can be reached ("),
-        ("missing", "no such folder, nor a Hub name that can be reached ("),
-        ("a/b/c", "no such folder, nor a Hub name that can be reached (Repo id"),
+        ("missing/folder", "no such folder, nor a reachable Hub name ("),
+        ("missing", "no such folder, nor a reachable Hub name ("),
+        ("a/b/c", "no such folder, nor a reachable Hub name (Repo id"),
         (f"{Path(__file__).parent}/missing", "no such folder; expected"),
         (__file__, "no such folder; expected"),
     ],
@@ -524,8 +544,8 @@ def test_the_full_pass_is_the_models_own_and_the_dropped_one_is_that_of_training
         plain = transformers.AutoModel.from_pretrained(model_folder)(rows, output_hidden_states=True).hidden_states[1:]
         batch = opened.state.adapter.batch((), {"input_ids": rows, "labels": rows * 0 - 100})
         trained = passes.run(opened.state, batch, "drop").dropped_pass
-    for ours, theirs in zip(full, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for found, expected in zip(full, plain, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert [x.shape[1] for x in dropped] == [32, 16, 16, 32]  # layer 1 full, 2 cross, 3 kept, 4 all
     assert torch.equal(dropped[-1], trained.last) and torch.equal(dropped[-2], trained.previous)
     assert opened.dropped_layers == (2, 3) and not torch.allclose(full[2][:, 0], dropped[2][:, 0])
@@ -569,9 +589,9 @@ def test_export_of_a_model_carries_its_table_and_still_loads_without_a_word(mode
     table = read_importance(folder)
     assert torch.equal(table.scores, sctd_ds.importance(network).scores) and table.drop_ratio == 0.25
     transformers.utils.logging.enable_propagation()
-    loaded, told = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    loaded, info = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
     transformers.utils.logging.disable_propagation()
-    assert not any(told.values()) and not [r for r in caplog.records if r.levelno >= 30]
+    assert not any(info.values()) and not [r for r in caplog.records if r.levelno >= 30]
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), network.parameters(), strict=True))
     for none in ({"method": "dense"}, {"importance": "random"}):
         network, _ = trained(model_folder, **none)
@@ -582,7 +602,7 @@ def test_export_of_a_model_carries_its_table_and_still_loads_without_a_word(mode
 
 
 def test_export_of_an_engine_a_pipeline_and_a_trainer_run_carries_the_table(tmp_path, monkeypatch):
-    """One rank each; on several, only the gathering of the weights differs, which test_engine and test_pipeline hold."""
+    """One rank each; with several, only the gathering of weights differs, which test_engine and test_pipeline check."""
     import transformers
     from conftest import settings
 
@@ -593,17 +613,22 @@ def test_export_of_an_engine_a_pipeline_and_a_trainer_run_carries_the_table(tmp_
     ids = torch.randint(5, 64, (4, 16), generator=torch.Generator().manual_seed(0))
     labels = torch.where(torch.arange(16) % 4 == 1, ids, -100)
     batch, method = {"input_ids": ids, "labels": labels}, {"keep_token_ids": [1], "drop_ratio": 0.25}
-    run = {"train_batch_size": 4, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-           "zero_optimization": {"stage": 1}, "sctd": method}  # fmt: skip
+    run = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "zero_optimization": {"stage": 1},
+        "sctd": method,
+    }
 
     def network():
         return transformers.BertForMaskedLM(transformers.BertConfig(**shape))
 
     trainer = transformers.Trainer(
-        network(), transformers.TrainingArguments(tmp_path / "trainer", max_steps=2, report_to="none", use_cpu=True),
+        network(),
+        transformers.TrainingArguments(tmp_path / "trainer", max_steps=2, report_to="none", use_cpu=True),
         train_dataset=[{name: value[i] for name, value in batch.items()} for i in range(4)],
         callbacks=[sctd_ds.ScTDCallback(sctd_ds.ScTDConfig(**method))],
-    )  # fmt: skip
+    )
     trainer.train()
     for name, value in LAUNCHER.items():
         monkeypatch.setenv(name, value)
@@ -615,7 +640,7 @@ def test_export_of_an_engine_a_pipeline_and_a_trainer_run_carries_the_table(tmp_
         table = read_importance(sctd_ds.export(thing, tmp_path / name))
         learned = sctd_ds.importance(getattr(thing, "module", thing)).scores
         assert torch.equal(table.scores, learned) and table.drop_ratio == 0.25
-        assert (learned != 10).sum() > 4, name  # it has learned: labels were seen
+        assert (learned != 10).sum() > 4, name  # it has learned from labels
 
 
 def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_folder, tmp_path, monkeypatch):
@@ -623,7 +648,7 @@ def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_
 
     texts = list(Language().documents(60))
     network, tokenizer = trained(model_folder)
-    sctd_ds.importance(network).scores[50] = PINNED  # what a run keeps beside the tokenizer's special tokens
+    sctd_ds.importance(network).scores[50] = PINNED  # an id that a run keeps in addition to the special tokens
     own = Model("own", str(sctd_ds.export(network, tmp_path / "own", tokenizer)))
     opened = analysis.open_model(own)
     rows = analysis.windows(opened, texts, 32, 8)
@@ -639,10 +664,10 @@ def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_
     for model in (own, Model("other", str(model_folder))):
         moved[model.name] = analysis.drift(model, texts, length=32, count=8)
         assert analysis.probe(model, examples)["about"]["importance"] == moved[model.name]["about"]["importance"]
-    assert asked == ["estimated"] * 2  # of the other model only, once each
+    assert asked == ["estimated"] * 2  # for the other model only, once each
     assert moved["own"]["about"]["importance"] == "learned" and moved["other"]["about"]["importance"] == "estimated"
-    told = report.tables_used(moved)
-    assert "own 25% by the table of its own run; other 50% by a table estimated" in told
+    sentence = report.tables_used(moved)
+    assert "own 25% by the table of its own run; other 50% by a table estimated" in sentence
     (tmp_path / "own" / "importance.safetensors").write_bytes(b"")
     with pytest.raises(EvalError, match=r"importance\.safetensors"):
         analysis.open_model(own)
@@ -650,15 +675,19 @@ def test_probes_and_drift_drop_by_the_models_own_table_where_there_is_one(model_
 
 @pytest.fixture(scope="module")
 def run_folder(model_folder, tmp_path_factory) -> tuple[Path, dict[int, torch.Tensor]]:
-    """A run of 2 steps with a checkpoint of each, as pretrain.py leaves it; and the importance tables of the steps."""
+    """A run of 2 steps with a checkpoint of each, as pretrain.py writes them; and the steps' importance tables."""
     import transformers
 
     import sctd_ds
     from sctd_ds.engine import checkpoint
 
     method = {"keep_token_ids": [1], "drop_ratio": 0.25}
-    config = {"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 0.05, "torch_adam": True}},
-              "zero_optimization": {"stage": 2}, "sctd": method}  # fmt: skip
+    config = {
+        "train_batch_size": 8,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.05, "torch_adam": True}},
+        "zero_optimization": {"stage": 2},
+        "sctd": method,
+    }
     folder, tables = tmp_path_factory.mktemp("runs") / "run", {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -693,7 +722,7 @@ def test_checkpoints_of_a_run_are_the_model_at_their_step(run_folder, tmp_path):
     assert torch.equal(weights[None], weights[2]) and not torch.equal(weights[1], weights[2])
     moved = {model.step: analysis.drift(model, texts, length=32, count=8) for model in (exported, first, last)}
     assert moved[None] == moved[2] and moved[1]["layer_cls"][2:] != moved[2]["layer_cls"][2:]
-    # What cannot be read is named, or, for a pipeline's, left out.
+    # A damaged checkpoint is named in the error; a pipeline's is left out.
     copy = shutil.copytree(run, tmp_path / "copy")
     file = copy / "checkpoints" / "step_00000001" / "mp_rank_00_model_states.pt"
     file.write_bytes(file.read_bytes()[:-1])
@@ -730,7 +759,7 @@ def test_linear_probe_finds_what_is_there_and_nothing_else():
     labels = {split: [str(i % 2) for i in range(300)] for split in ("train", "validation", "test")}
     noise = {split: generator.normal(size=(300, 8)) for split in labels}
     signal = {s: x + np.array([[2.0 * (i % 2)] + [0.0] * 7 for i in range(300)]) for s, x in noise.items()}
-    # Two normals two standard deviations apart: the best possible is 84.1 %.
+    # Two normal distributions, two standard deviations apart: the best possible accuracy is 84.1 %.
     assert analysis.linear_probe(signal, labels) == pytest.approx(84, abs=5)
     assert analysis.linear_probe(noise, labels) == pytest.approx(50, abs=9)
 
@@ -740,7 +769,7 @@ def test_drift_is_one_without_dropping_and_falls_with_it(model_folder):
     model = Model("tiny", str(model_folder))
     result = analysis.drift(model, texts, str(model_folder), length=32, count=40)
     assert result["about"]["rows"] == 40 and len(result["layer_cls"]) == 4
-    # Up to the cross layer, both passes know the same.
+    # Up to the cross layer, both passes are equal.
     assert result["layer_cls"][:2] == pytest.approx([1, 1]) and result["layer_mean"][:2] == pytest.approx([1, 1])
     assert result["layer_cls"][2] < 1 - 1e-9 and result["masked_and_dropped"] < result["masked"] < 1
     assert "masked" not in analysis.drift(model, texts, length=32, count=8)
@@ -758,9 +787,9 @@ def test_a_sentence_embedding_is_the_mean_of_the_states_of_what_fits(model_folde
     texts = [" ".join(s.split()[:n]) for s, n in zip(Language().documents(3), (2, 6, 40), strict=True)]
     embedded = analysis.SentenceEncoder(str(folder), torch.device("cpu"))(texts)
     network, tokenizer = transformers.AutoModel.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    for text, mine in zip(texts, embedded, strict=True):  # one by one: no padding
+    for text, found in zip(texts, embedded, strict=True):  # one by one: no padding
         alone = tokenizer(text, return_tensors="pt", truncation=True, max_length=16)
-        torch.testing.assert_close(mine, network(**alone).last_hidden_state[0].mean(0), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, network(**alone).last_hidden_state[0].mean(0), atol=1e-5, rtol=1e-5)
     assert len(tokenizer(texts[2])["input_ids"]) > 16
 
 
@@ -776,8 +805,9 @@ def test_the_packaged_sentence_encoder_is_found_or_asked_for(model_folder, tmp_p
 
 
 def test_pretraining_beats_a_bag_of_words_on_a_probe(tmp_path):
-    """Three quarters of a minute of masked-LM training on a small language: what it knows of the tense of verbs that the probe
-    never saw is structure. Rows are short: that BERT finds its neighbours takes the longer the more positions there are.
+    """Masked-LM training of 45 seconds on a small language lets a probe tell the tense of verbs that it never saw.
+
+    Rows are short, because BERT needs longer to learn relative positions the more positions there are.
     """
     import transformers
 
@@ -788,10 +818,17 @@ def test_pretraining_beats_a_bag_of_words_on_a_probe(tmp_path):
     built = data.load(data.build([str(tmp_path / "text.txt")], tmp_path / "built", vocab_size=1000, seq_length=16))
     rows = torch.tensor(built.train["input_ids"][:])
     transformers.set_seed(1)
-    config = transformers.BertConfig(vocab_size=len(built.tokenizer), hidden_size=64, num_hidden_layers=4,
-                                     num_attention_heads=4, intermediate_size=128, max_position_embeddings=64,
-                                     initializer_range=0.1, hidden_dropout_prob=0.0,
-                                     attention_probs_dropout_prob=0.0)  # fmt: skip
+    config = transformers.BertConfig(
+        vocab_size=len(built.tokenizer),
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     network = transformers.BertForMaskedLM(config)
     steps = 1300
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
@@ -818,13 +855,12 @@ def test_pretraining_beats_a_bag_of_words_on_a_probe(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trial(model_folder, run_folder, twin_data, tmp_path_factory) -> tuple[list[str], Path]:
+def trial(model_folder, run_folder, synthetic_data, tmp_path_factory) -> tuple[list[str], Path]:
     out = tmp_path_factory.mktemp("out")
-    command = [f"one={model_folder}", str(run_folder[0]), "--suite", "drift", "--tasks", "sick,mrpc,tense",
-               "--sentence-encoder", str(model_folder),
-               "--data-dir", str(twin_data), "--seeds", "2", "--max-steps", "1", "--max-train", "40", "--max-eval", "20",
-               "--text", str(model_folder.parent / "text.txt"),
-               "--length", "32", "--rows", "16", "--out", str(out / "eval")]  # fmt: skip
+    command = [f"one={model_folder}", str(run_folder[0]), "--suite", "drift", "--tasks", "sick,mrpc,tense"]
+    command += ["--data-dir", str(synthetic_data), "--seeds", "2", "--max-steps", "1", "--max-train", "40", "--max-eval", "20"]
+    command += ["--sentence-encoder", str(model_folder), "--text", str(model_folder.parent / "text.txt")]
+    command += ["--length", "32", "--rows", "16", "--out", str(out / "eval")]
     return command, out / "eval"
 
 
@@ -833,14 +869,14 @@ def test_command_measures_reports_and_continues(trial, capsys, monkeypatch):
     assert main(command) == 0
     text = capsys.readouterr().out
     assert text.rstrip() == (out / "report.md").read_text().rstrip()
-    assert "synthetic twins" in text and "max steps 1" in text and "*paper" not in text
+    assert "synthetic tasks" in text and "max steps 1" in text and "*paper" not in text
     assert "| one |" in text and "| run |" in text and "| average | p |" in text
     assert "| run | 1 |" in text and "| run | 2 |" in text and "| one | 1 |" not in text
     assert {p.name for p in out.glob("*.png")} == {"tense.png", "drift.png", "drift_steps.png", "curves.png"}
     lines = (out / "results.csv").read_text().splitlines()
     assert lines[0] == "model,step,task,metric,layer,seed,value,device,torch,transformers"
-    # 2 models, each 2 seeds of 4 and 2 metrics, a probe of 4 views x 4 layers and a bag of words, drift of 2 x 4 layers and
-    # of 2 texts; and the drift at 2 checkpoints of one of them.
+    # For each of 2 models: 2 seeds of 4 and 2 metrics, a probe of 4 views x 4 layers and a bag of words, drift of 2 x 4 layers
+    # and of 2 texts; and for one of them the drift at 2 checkpoints.
     assert len(lines) - 1 == 2 * (2 * (4 + 2) + 17 + 10) + 2 * 10
     assert sum(line.startswith("run,2,drift,layer_cls,") for line in lines) == 4
     monkeypatch.setattr(finetune, "_run", lambda *_: pytest.fail("ran again"))
@@ -853,7 +889,7 @@ def test_command_names_what_is_wrong(trial, tmp_path, capsys):
     for changed, message in (
         ([command[0], command[0], *command[2:]], "two models are called 'one'"),
         ([command[0].replace("one", "a/b"), command[0].replace("one", "a--b")], "two models are called 'a--b'"),
-        ([*command, "--tasks", "rte,mprc"], "mprc: unknown; there are cola"),
+        ([*command, "--tasks", "rte,mprc"], "mprc: unknown; choose from cola"),
         ([str(tmp_path), *command[2:]], "no config.json"),
         ([*command, "--max-steps", "2"], "another max_steps"),
         ([*command, "--data-dir", str(tmp_path)], "sick: no data"),

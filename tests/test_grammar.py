@@ -1,4 +1,4 @@
-"""The generated language: the same from the same seed, fast, grammatical, and closed to a bag of words."""
+"""The generated language: determined by its seed, fast, grammatical, and at chance for a bag of words."""
 
 import random
 import time
@@ -63,7 +63,7 @@ def test_frequencies_follow_zipf(language):
     first, tenth = (counts[language.nouns[i].singular] + counts[language.nouns[i].plural] for i in (0, 9))
     assert 5 < first / tenth < 20
     rarest = sum(counts[n.singular] + counts[n.plural] for n in language.nouns[-20:]) / 20
-    assert rarest > 5  # every lemma of a probe is met in pretraining
+    assert rarest > 5  # pretraining sees every lemma of a probe
 
 
 def test_events_say_the_same_in_both_voices(language):
@@ -89,15 +89,18 @@ def test_a_bag_of_words_is_at_chance_on_the_probes(language, name):
         name: model.score(bag.transform([s for _, s in part]), [label for label, _ in part])
         for name, part in (("train", train), ("test", test))
     }
-    # It fits what it has seen, so it is a real opponent (of number it sees the attractor's too), and fails on other words.
+    # It fits the training split, though for number it also sees the attractor's, and fails on new words.
     assert accuracy["train"] > 0.75 and abs(accuracy["test"] - 0.5) < 0.05
 
 
 @pytest.mark.parametrize("name", ["tense", "number"])
 def test_probe_lemmas_of_the_splits_are_disjoint(language, name):
     lemmas = language.verbs if name == "tense" else language.nouns
-    forms = [(i, vars(lemma)[key]) for i, lemma in enumerate(lemmas) for key in
-             (("plain", "third", "past") if name == "tense" else ("singular", "plural"))]  # fmt: skip
+    forms = [
+        (i, vars(lemma)[key])
+        for i, lemma in enumerate(lemmas)
+        for key in (("plain", "third", "past") if name == "tense" else ("singular", "plural"))
+    ]
     lemma_of = {form: i for i, form in forms}
     used = [{lemma_of[w] for _, s in language.probe(name, 3000, split) for w in s.split() if w in lemma_of} for split in SPLITS]
     assert not (used[0] & used[1] or used[0] & used[2] or used[1] & used[2])

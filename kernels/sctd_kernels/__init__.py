@@ -1,6 +1,6 @@
-"""Kernels for token dropping: choose tokens, move them out of a sequence and back, compare and score what comes out.
+"""Kernels for token dropping: select tokens, take them out of a sequence, put them back, and compute losses and scores.
 
-    select_tokens        keep the K best-scored tokens of every sequence
+    select_tokens        keep the K tokens of highest score in every sequence
     gather_tokens        take the kept tokens out of a sequence
     merge_tokens         put them back
     softmax_kl           KL(softmax(teacher) || softmax(student)) of every row
@@ -8,8 +8,8 @@
     record_losses        sum losses per vocabulary id, exactly
     update_scores        moving average of those losses
 
-Every function runs as a Triton kernel on a GPU and as plain torch elsewhere; `backend="triton"` or `"torch"` forces one.
-`sctd_kernels.reference` holds the torch twins, which define what the kernels compute.
+Every function runs as a Triton kernel on a GPU and as plain torch elsewhere; `backend="triton"` or `"torch"`
+forces one. `sctd_kernels.reference` has the torch versions, which define what the kernels compute.
 """
 
 from sctd_kernels import reference

@@ -1,7 +1,7 @@
 """The public functions: they check their arguments, choose a backend and call it.
 
-`backend="auto"` runs the Triton kernel for CUDA tensors and the torch twin elsewhere; `"triton"` and `"torch"` force one.
-Under `TRITON_INTERPRET=1` (set before triton is imported) `"triton"` also takes CPU tensors, which is slow and meant for tests.
+`backend="auto"` runs the Triton kernel for CUDA tensors and the torch reference elsewhere; `"triton"` and `"torch"` force one.
+Under `TRITON_INTERPRET=1` (set before importing triton) `"triton"` also takes CPU tensors, which is slow and meant for tests.
 Wrong arguments raise ValueError in one line. No function makes the host wait for the device, so *values* are not checked:
 `kept` and `slot` must come from `select_tokens`.
 
@@ -43,7 +43,7 @@ def _use_triton(backend: Backend, x: Tensor) -> bool:
     if not (x.is_cuda or INTERPRETED):
         raise ValueError(
             f"backend='triton' needs CUDA tensors, got {x.device}: use backend='torch', or set TRITON_INTERPRET=1 before"
-            " triton is imported to run the kernels in its interpreter"
+            " importing triton to run the kernels in its interpreter"
         )
     return True
 
@@ -83,7 +83,7 @@ def _expect_routing(x: Tensor, kept: Tensor, slot: Tensor) -> None:
     _expect_dim("kept", kept, "B, K")
     _expect_shape("slot", slot, x.shape[:2], "like the first two dimensions of x")
     if kept.shape[0] != x.shape[0] or not 1 <= kept.shape[1] <= x.shape[1]:
-        raise ValueError(f"kept must be [{x.shape[0]}, K] with 1 <= K <= {x.shape[1]}, as x is, got {list(kept.shape)}")
+        raise ValueError(f"kept must be [{x.shape[0]}, K] with 1 <= K <= {x.shape[1]} to match x, got {list(kept.shape)}")
     _expect_dtype("kept", kept, (torch.int32,))
     _expect_dtype("slot", slot, (torch.int32,))
     _expect_device("x", x, kept=kept, slot=slot)
@@ -92,20 +92,20 @@ def _expect_routing(x: Tensor, kept: Tensor, slot: Tensor) -> None:
 def select_tokens(
     scores: Tensor, input_ids: Tensor, keep: int, attention_mask: Tensor | None = None, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Keep the `keep` best-scored tokens of every sequence, in their order.
+    """Keep the `keep` tokens of highest score in every sequence, in their order.
 
-    A token's score is `scores[id]`. Position 0 is always kept; padding (mask == 0) comes last, and so does a NaN score; equal
-    scores go to the earlier position. A sequence with fewer than `keep` real tokens keeps them all and its first padding.
+    A token's score is `scores[id]`. Position 0 is always kept; padding (mask == 0) and NaN scores come last; ties go to the
+    earlier position. A sequence with fewer than `keep` real tokens keeps them all, and its first padding.
 
     Args:
         scores: `[V]` float32, one score per vocabulary id. No gradient flows to it.
         input_ids: `[B, S]` int64 or int32, each in `[0, V)`.
         keep: K, the number of tokens to keep, `1 <= K <= S`.
-        attention_mask: `[B, S]` bool or integer, 0 at padding; None means that there is none.
+        attention_mask: `[B, S]` bool or integer, 0 at padding; None: no padding.
 
     Returns:
         kept: `[B, K]` int32, the kept positions, ascending.
-        slot: `[B, S]` int32, the inverse: where in `kept` a position stands, or -1 if it was dropped.
+        slot: `[B, S]` int32, the inverse: the index of a position in `kept`, or -1 if it was dropped.
 
     Raises:
         ValueError: a shape, dtype or device is wrong, `keep` is out of range, or S is above 8192 on the Triton backend.
@@ -139,7 +139,7 @@ def select_tokens(
 def gather_tokens(x: Tensor, kept: Tensor, slot: Tensor, *, backend: Backend = "auto") -> Tensor:
     """Take the kept tokens out of every sequence: `y[b, k] = x[b, kept[b, k]]`.
 
-    The gradient of a dropped token is zero; it is written in the same pass, never filled in first.
+    The gradient of a dropped token is zero, written in the same pass as the others.
 
     Args:
         x: `[B, S, D]` float32, float16 or bfloat16 (float64 too on the torch backend); any strides, best with a last one of 1.
@@ -165,7 +165,7 @@ def gather_tokens(x: Tensor, kept: Tensor, slot: Tensor, *, backend: Backend = "
 
 
 def merge_tokens(x: Tensor, y: Tensor, kept: Tensor, slot: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """Put tokens back: a copy of x whose kept rows are those of y, `z[b, kept[b, k]] = y[b, k]`.
+    """Put tokens back: a copy of x with its kept rows replaced by those of y, `z[b, kept[b, k]] = y[b, k]`.
 
     Args:
         x: `[B, S, D]` float32, float16 or bfloat16 (float64 too on the torch backend); any strides, best with a last one of 1.
@@ -190,7 +190,7 @@ def merge_tokens(x: Tensor, y: Tensor, kept: Tensor, slot: Tensor, *, backend: B
     triton = _use_triton(backend, x)
     _expect_routing(x, kept, slot)
     _expect_float("x", x, triton)
-    _expect_shape("y", y, (*kept.shape, x.shape[2]), "as kept and x say")
+    _expect_shape("y", y, (*kept.shape, x.shape[2]), "to match kept and x")
     _expect_dtype("y", y, (x.dtype,))
     _expect_device("x", x, y=y)
     return routing.merge_tokens(x, y, kept, slot) if triton else reference.merge_tokens(x, y, kept, slot)
@@ -204,7 +204,7 @@ def softmax_kl(teacher: Tensor, student: Tensor, *, backend: Backend = "auto") -
         student: `[N, D]`, dtype of teacher.
 
     Returns:
-        `[N]` float32 (float64 for float64). Differentiable in both; where one needs no gradient, none is computed.
+        `[N]` float32 (float64 for float64). Differentiable in both; only the gradients that are needed are computed.
 
     Raises:
         ValueError: a shape, dtype or device is wrong.
@@ -277,12 +277,12 @@ def record_losses(
     """Add losses to the (sum, count) of their labels, in place: `stats[0, labels[n]] += losses[n]; stats[1, labels[n]] += 1`.
 
     Each loss is first rounded to a multiple of 2**-20. Sums of such numbers below 2**33 are exact in float64, so the result
-    does not depend on the order of the additions: not on the device's scheduling, on micro-batches or on ranks.
+    does not depend on the order of the additions, i.e. on the device's scheduling, micro-batches or ranks.
 
     Args:
         stats: `[2, V]` float64, contiguous, updated in place.
         labels: `[N]` int64 or int32, each in `[0, V)` or `ignore_index`.
-        losses: `[N]` floating point; no gradient flows to it. Rows with a non-finite loss add nothing.
+        losses: `[N]` floating point; no gradient flows to it. Non-finite losses are skipped.
 
     Raises:
         ValueError: a shape, dtype or device is wrong.
@@ -310,12 +310,12 @@ def record_losses(
 def update_scores(scores: Tensor, stats: Tensor, decay: float, *, backend: Backend = "auto") -> None:
     """Move each score towards its mean loss, in place: `score = decay * score + (1 - decay) * sum / count` where count > 0.
 
-    The arithmetic is float64 and rounded once. `stats` is left as it is: the caller zeroes it.
+    The arithmetic is float64 and rounded once. `stats` does not change: the caller zeroes it.
 
     Args:
         scores: `[V]` float32, contiguous, updated in place.
         stats: `[2, V]` float64, contiguous: sum and count of the losses of each vocabulary id.
-        decay: between 0 (take the mean) and 1 (change nothing).
+        decay: from 0 (the score becomes the mean) to 1 (no change).
 
     Raises:
         ValueError: a shape, dtype or device is wrong, or `decay` is out of range.

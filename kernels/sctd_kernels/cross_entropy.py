@@ -1,7 +1,7 @@
 """Cross-entropy of rows: loss = logsumexp(x) - x[label], and its gradient (softmax(x) - onehot(label)) * upstream.
 
-Forward reads the logits once, backward reads them once and writes the gradient: 3 passes over [N, V], the least there is when
-the upstream gradient of each row is known only in backward. Rows whose label is ignored are not read; their gradient is zero.
+Forward reads the logits once, backward reads them once and writes the gradient: 3 passes over [N, V], the minimum if the
+upstream gradient of each row is known only in backward. Rows with an ignored label are not read; their gradient is zero.
 
 The gradient may be written over the logits, which saves the largest tensor of a BERT step. Nothing here can know who else
 holds the logits, so this happens only when the caller asks for it, and then the version counter of the logits is raised:
@@ -30,7 +30,7 @@ def _add_block(maximum, total, x):
 
 @triton.jit
 def cross_entropy_kernel(logits_ptr, labels_ptr, loss_ptr, stats_ptr, N, V, logits_stride, ignore_index, BLOCK_V: tl.constexpr):
-    """stats [2, N]: max(x), log(sum of exp(x - max)); not written for ignored rows, which backward does not look up."""
+    """stats [2, N]: max(x), log(sum of exp(x - max)); not written for ignored rows, which backward does not read."""
     n = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + n)
     if label == ignore_index:
@@ -40,7 +40,7 @@ def cross_entropy_kernel(logits_ptr, labels_ptr, loss_ptr, stats_ptr, N, V, logi
         maximum = tl.full([], -3.0e38, tl.float32)  # below any maximum; finite, so that a block of -inf adds 0
         total = tl.full([], 0.0, tl.float32)
         start = 0
-        while start + BLOCK_V <= V:  # no mask: it would forbid wide loads where V is odd
+        while start + BLOCK_V <= V:  # no mask, which would prevent wide loads if V is odd
             x = tl.load(logits_ptr + start + tl.arange(0, BLOCK_V)).to(tl.float32)
             maximum, total = _add_block(maximum, total, x)
             start += BLOCK_V
@@ -84,7 +84,7 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int, ove
     logits = unit_last_stride(logits)
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
     stats = torch.empty((2, N), dtype=torch.float32, device=logits.device)
-    # Triton makes a constant of V = 1, and 3.6 fails to compile a loop of which it then knows that it never runs.
+    # Triton specialises on V = 1, and 3.6 fails to compile a loop that it then knows to be empty.
     block = BLOCK_V if V > 1 else 1
     with on_device_of(logits):
         cross_entropy_kernel[(N,)](

@@ -1,16 +1,15 @@
 """Softmax-KL of rows: KL(softmax(t) || softmax(s)) = sum_d p_d (log p_d - log q_d), p = softmax(t), q = softmax(s).
 
-One program per row reads both rows once, in blocks, with running maxima. Everything is measured from the maxima: with
-u = t - max(t) and v = s - max(s),
+One program per row reads both rows once, in blocks, with running maxima. With u = t - max(t) and v = s - max(s),
 
     kl = sum e^u (u - v) / Z_t - log Z_t + log Z_s,        Z_t = sum e^u, Z_s = sum e^v
 
-so that a common offset of a row costs no precision. Backward reads both rows once more and writes the gradients asked for:
+so a common offset of a row costs no precision. Backward reads both rows again and writes the required gradients:
 
     d kl / d s_d = q_d - p_d,        d kl / d t_d = p_d (log p_d - log q_d - kl)
 
-Computing the gradients in the forward pass would save that second read, but the upstream gradient of each row is not known
-then: scaling the stored gradients later moves more bytes.
+Computing the gradients in the forward pass would save this second read, but the upstream gradient of each row is not known
+then, and scaling stored gradients later would move more bytes.
 
 Shapes: N rows, D columns.
 """
@@ -23,7 +22,7 @@ from torch import Tensor
 from sctd_kernels.launch import block_of, on_device_of, register_op, unit_last_stride
 
 MIN_BLOCK, MAX_BLOCK = 256, 4096
-MAX_BLOCK_BACKWARD = 2048  # backward needs no whole row, and holds more per element
+MAX_BLOCK_BACKWARD = 2048  # backward needs no whole row per program, and more registers per element
 
 
 def launch_sizes(D: int, largest: int = MAX_BLOCK) -> dict[str, int]:
@@ -38,7 +37,7 @@ def softmax_kl_kernel(teacher_ptr, student_ptr, kl_ptr, stats_ptr, N, D, teacher
     n = tl.program_id(0).to(tl.int64)
     teacher_ptr += n * teacher_stride
     student_ptr += n * student_stride
-    t_max = tl.full([], -3.0e38, tl.float32)  # below any maximum; finite, so that the first differences are too
+    t_max = tl.full([], -3.0e38, tl.float32)  # below any maximum; finite, so that the first differences are finite
     s_max = tl.full([], -3.0e38, tl.float32)
     t_sum = tl.full([], 0.0, tl.float32)
     s_sum = tl.full([], 0.0, tl.float32)
@@ -103,7 +102,7 @@ def softmax_kl_forward(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor
 def softmax_kl_backward(
     grad: Tensor, teacher: Tensor, student: Tensor, stats: Tensor, need_teacher: bool, need_student: bool
 ) -> tuple[Tensor, Tensor]:
-    """A gradient that is not needed comes back empty and costs nothing."""
+    """Gradients [N, D]. A gradient that is not needed is an empty tensor and costs nothing."""
     N, D = teacher.shape
     teacher, student = unit_last_stride(teacher), unit_last_stride(student)
     dteacher = torch.empty((N, D) if need_teacher else 0, dtype=teacher.dtype, device=teacher.device)

@@ -1,7 +1,7 @@
 """Importance of vocabulary ids: sums of losses per id, and the moving average of their means.
 
-Sums are exact, hence the same on every run: a loss is rounded to a multiple of 2**-20, float64 adds such numbers without
-rounding as long as a sum stays below 2**33, and additions that do not round commute. Atomics may then come in any order.
+Sums are exact, and therefore the same in every run: a loss is rounded to a multiple of 2**-20, float64 adds such numbers
+without rounding while a sum is below 2**33, and exact additions commute. So the order of the atomics does not matter.
 
 Shapes: N rows, V vocabulary.
 """
@@ -16,7 +16,7 @@ from sctd_kernels.reference import LOSS_RESOLUTION
 BLOCK = 512
 NUM_WARPS = 4
 RESOLUTION = tl.constexpr(LOSS_RESOLUTION)
-ROUNDER = tl.constexpr(1.5 * 2.0**52)  # the float64 numbers around it are integers: adding it rounds, ties to even
+ROUNDER = tl.constexpr(1.5 * 2.0**52)  # adjacent float64 numbers differ by 1 here, so adding it rounds, ties to even
 
 
 @triton.jit

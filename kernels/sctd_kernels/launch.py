@@ -1,4 +1,4 @@
-"""What the kernel modules share: registration with torch.library, and guards around a launch."""
+"""Helpers of the kernel modules: registration with torch.library, and launch settings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether the kernels were defined under TRITON_INTERPRET=1 and so run in triton's interpreter, on CPU tensors too."""
+"""Whether the kernels were defined under TRITON_INTERPRET=1, and so run in triton's interpreter, which takes CPU tensors."""
 
 NAMESPACE = "sctd_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -22,17 +22,17 @@ def register_op(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
-    """Make `function`, which launches kernels, the operator `sctd_kernels::<its name>`, and return that operator.
+    """Register `function`, which launches kernels, as the operator `sctd_kernels::<its name>`, and return the operator.
 
-    As an operator it passes through torch.compile without a graph break. It is defined through a `Library`, whose calls cost
-    less on the host than those of `torch.library.custom_op`.
+    torch.compile includes an operator without a graph break. Operators of a `Library` cost less
+    time on the host than those of `torch.library.custom_op`.
 
     Args:
-        function: fully annotated; its schema is inferred from the annotations.
+        function: fully annotated; the operator's schema is inferred from the annotations.
         fake: same signature; allocates outputs of the right shape, dtype and strides, and computes nothing.
-        mutates: names of the arguments that are written in place.
-        backward: `(ctx, *output_gradients) -> input gradients`. Without it the operator is not differentiable.
-        setup_context: `(ctx, inputs, output) -> None`, saves what `backward` needs.
+        mutates: names of the arguments that the operator writes in place.
+        backward: `(ctx, *output_gradients) -> input gradients`. Without it, the operator is not differentiable.
+        setup_context: `(ctx, inputs, output) -> None`, saves the tensors that `backward` needs.
     """
     name = function.__name__
     schema = torch.library.infer_schema(function, mutates_args=mutates)
@@ -45,15 +45,15 @@ def register_op(
 
 
 def unit_last_stride(x: Tensor) -> Tensor:
-    """x itself if its last dimension is dense, which is all that the kernels ask for, else a contiguous copy."""
+    """x itself if its last dimension is dense, as the kernels require, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def on_device_of(x: Tensor) -> torch.cuda.device_of:
-    """Context in which the device of x is the current one, on which triton launches. Does nothing for CPU tensors."""
+    """A context that makes the device of x current, because triton launches there. Does nothing for CPU tensors."""
     return torch.cuda.device_of(x)
 
 
 def block_of(size: int, smallest: int, largest: int) -> int:
-    """The power of two that covers `size`, within bounds."""
+    """The next power of two from `size` on, within bounds."""
     return min(max(triton.next_power_of_2(size), smallest), largest)

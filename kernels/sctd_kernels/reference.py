@@ -1,10 +1,10 @@
-"""The torch twin of every kernel: specification, oracle, CPU path and benchmark baseline.
+"""The reference of every kernel in torch: specification, test oracle, CPU path and benchmark baseline.
 
-Each twin says in a few lines of torch what the Triton kernel of the same name computes. None of them makes the host wait for
+Each function defines in a few lines of torch what the Triton kernel of the same name computes. None makes the host wait for
 the device (no `.item()`, no `nonzero`, no boolean-mask indexing), and none checks its arguments: `sctd_kernels.api` does.
 
-Shapes: B sequences, S tokens, K kept tokens, D hidden size, V vocabulary, N rows. Half precision is widened to float32 before
-any arithmetic; float64 stays float64, so that `torch.autograd.gradcheck` can judge the twins.
+Shapes: B sequences, S tokens, K kept tokens, D hidden size, V vocabulary, N rows. Half precision is widened to
+float32 before any arithmetic; float64 stays float64, so that `torch.autograd.gradcheck` can check the gradients.
 """
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOSS_RESOLUTION = 2.0**-20
-"""Recorded losses are rounded to multiples of this, which makes their float64 sums exact up to 2**33, in any order."""
+"""Recorded losses are rounded to multiples of this, so their float64 sums are exact up to 2**33, in any order."""
 
 
 def _widen(x: Tensor) -> Tensor:

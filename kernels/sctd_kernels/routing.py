@@ -5,9 +5,9 @@
     merge     z[b, s] = y[b, slot[b, s]], or x[b, s] if dropped     adjoint of unmerge
     unmerge   x = z with kept rows zero, y = gather(z)              adjoint of merge
 
-`slot` is the inverse of `kept`, so every output row knows its one source: each operator is a single pass that writes every row
-once, without atomics and without zero-filled tensors, and reads no row that it does not need. gather, scatter and merge are
-one kernel with different sources; unmerge writes two outputs from one read and has its own.
+`slot` is the inverse of `kept`, so every output row has one known source: each operator is a single pass that writes
+every row once, without atomics and zero-filled tensors, and reads only the rows that it needs. gather, scatter and
+merge are one kernel with different sources; unmerge writes two outputs from one read and has its own kernel.
 
 Shapes: B sequences, S tokens, K kept tokens, D hidden size; n is S or K.
 """
@@ -25,7 +25,7 @@ MIN_BLOCK_D, MAX_BLOCK_D = 128, 1024
 
 
 def tile(D: int, itemsize: int) -> dict[str, int]:
-    """Rows and columns of one program's tile: columns that divide D where they can, so that no lane idles."""
+    """Rows and columns of one program's tile. If possible, the columns divide D, so that no lane is idle."""
     divisor = D & -D
     block = min(divisor, MAX_BLOCK_D) if divisor >= MIN_BLOCK_D else block_of(D, MIN_BLOCK_D, MAX_BLOCK_D)
     return {"ROWS": TILE_BYTES // (block * itemsize), "BLOCK_D": block}
@@ -49,7 +49,7 @@ def take_rows_kernel(
     n, D, a_stride_b, a_stride_s, b_stride_b, b_stride_s,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = a[index[i]] where index[i] >= 0, else b[i]; a source that is not there reads as zeros.
+    """out[i] = a[index[i]] where index[i] >= 0, else b[i]; a missing source reads as zeros.
 
     Example: index = [1, -1, 0], a = [p, q], b = [u, v, w] -> out = [q, v, p].
     """
@@ -58,8 +58,8 @@ def take_rows_kernel(
     index = tl.load(index_ptr + b * n + rows, mask=rows < n, other=-1)
     taken = index >= 0
     value = tl.zeros([ROWS, BLOCK_D], dtype=out_ptr.dtype.element_ty)
-    # Two masked loads, of which one happens: a choice between two pointers would narrow the access to one element, and a load
-    # over the other's registers would wait for it.
+    # Two masked loads, one of which takes effect: selecting between two pointers would narrow
+    # accesses to one element, and a load into the registers of the first would wait for it.
     if HAS_A:
         a = a_ptr + (b * a_stride_b + index.to(tl.int64) * a_stride_s)
         value = tl.load(a[:, None] + columns[None, :], mask=taken[:, None] & in_row, other=0.0)
@@ -97,7 +97,7 @@ def _grid(B: int, n: int, D: int, sizes: dict[str, int]) -> tuple[int]:
 
 
 def _take_rows(index: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-    """`index` [B, n], `a` [B, m, D] and `b` [B, n, D], either of them None for zeros -> [B, n, D]."""
+    """`index` [B, n], `a` [B, m, D] and `b` [B, n, D], of which one may be None for zeros -> [B, n, D]."""
     like = a if a is not None else b
     assert like is not None
     (B, n), D = index.shape, like.shape[2]
@@ -128,7 +128,7 @@ def merge(x: Tensor, y: Tensor, kept: Tensor, slot: Tensor) -> Tensor:
 
 
 def unmerge(z: Tensor, kept: Tensor, slot: Tensor, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor]:
-    """An output that is not needed comes back empty and costs nothing."""
+    """(x [B, S, D], y [B, K, D]). An output that is not needed is an empty tensor and costs nothing."""
     if not need_x:
         return z.new_empty(0), _take_rows(kept, z, None) if need_y else z.new_empty(0)
     if not need_y:

@@ -1,8 +1,8 @@
-"""Token selection: the exact top K of every row, ties to the earlier position, compacted in order, in one launch.
+"""Token selection: the exact top K of every row, ties to the earlier position, positions in order, in one launch.
 
-No sort. Scores become integers of the same order, and a binary search over those integers finds the largest threshold that at
-least K of them reach: at most 32 rounds of compare and count in registers, fewer as soon as the count is exactly K. One prefix
-sum then numbers the kept positions and settles ties.
+The kernel does not sort. It maps scores to integers of the same order, and a binary search over the integers
+finds the largest threshold that at least K scores reach: at most 32 rounds of compare and count in registers,
+fewer once the count is exactly K. One prefix sum then numbers the kept positions and resolves ties.
 
 Shapes: B sequences, S tokens, K kept tokens, V vocabulary.
 """
@@ -19,7 +19,7 @@ MIN_BLOCK = 128
 
 
 def launch_sizes(S: int) -> dict[str, int]:
-    """One warp up to 512 tokens: its counts need no barrier. 16 tokens per thread at most."""
+    """One warp up to 512 tokens, whose counts need no barrier; at most 16 tokens per thread."""
     block = block_of(S, MIN_BLOCK, MAX_TOKENS)
     return {"BLOCK_S": block, "num_warps": max(1, block // 512)}
 
@@ -34,15 +34,16 @@ def select_tokens_kernel(
     position = tl.arange(0, BLOCK_S)
     inside = position < S
     token = tl.load(ids_ptr + b * ids_stride_b + position.to(tl.int64) * ids_stride_s, mask=inside, other=0)
-    # An id outside the vocabulary breaks the contract; it reads no foreign memory and scores like padding.
+    # An id outside the vocabulary violates the contract; it scores like padding, and no memory outside the table is read.
     real = inside & (token >= 0) & (token < V)
     if HAS_MASK:
         real &= tl.load(mask_ptr + b * mask_stride_b + position.to(tl.int64) * mask_stride_s, mask=inside, other=0) != 0
     score = tl.load(scores_ptr + token, mask=real, other=float("-inf"))
     score = tl.where(score == score, score, float("-inf"))  # NaN
-    score = tl.where(position == 0, float("inf"), score) + 0.0  # -0.0 + 0.0 = 0.0: they are equal, their bits are not
+    score = tl.where(position == 0, float("inf"), score) + 0.0  # turns -0.0 into 0.0, which is equal but has other bits
 
-    # The bits of a non-negative float order as integers; those of a negative one do once its magnitude bits are flipped.
+    # The bits of non-negative floats are in order as integers; those of negative ones are, after
+    # flipping the magnitude bits.
     bits = score.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = tl.where(inside, key, -0x80000000)  # below every float

@@ -1,4 +1,4 @@
-"""How the method reaches into a model: one small class per family, in one table, chosen by the model's structure."""
+"""The method's access to a model: one small class per model family, in one table, chosen by the model's structure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sctd_ds.adapters.recipes import AcademicBudgetAdapter, BingBertAdapter, Hel
 
 __all__ = ["ADAPTERS", "Adapter", "Batch", "find_adapter", "register_adapter"]
 
-# The first that matches is taken, so a family stands before those whose parts it has and exceeds.
+# The first match wins, so a family comes before those whose parts are a subset of its own.
 ADAPTERS: list[type[Adapter]] = [
     BertPreTrainingAdapter,
     BertAdapter,
@@ -33,16 +33,16 @@ ADAPTERS: list[type[Adapter]] = [
 
 
 def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
-    """Support another model family; it is asked before those already known. Returns the class, so it can decorate it."""
+    """Add a model family, which takes precedence over the known ones. Returns the class, so this works as a decorator."""
     if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
-        raise ValueError(f"{adapter!r} is not a subclass of sctd_ds.Adapter: derive it from there and define what is abstract")
+        raise ValueError(f"{adapter!r} is not a subclass of sctd_ds.Adapter: derive it and define the abstract methods")
     if adapter not in ADAPTERS:
         ADAPTERS.insert(0, adapter)
     return adapter
 
 
 def find_adapter(model: nn.Module) -> Adapter:
-    """The adapter of the first family whose parts `model` has; ValueError naming what was looked for otherwise."""
+    """The adapter of the first family that matches `model`. Raises ValueError, naming the missing parts, if none does."""
     if not isinstance(model, nn.Module):
         inner = " (its .network is one)" if isinstance(getattr(model, "network", None), nn.Module) else ""
         raise ValueError(f"expected a torch.nn.Module, found {type(model).__name__}{inner}")
@@ -58,7 +58,7 @@ def find_adapter(model: nn.Module) -> Adapter:
     missing = missing_parts(model, nearest.parts)
     why = f"lacks {', '.join(missing)}" if missing else "is a decoder, or has further heads"
     raise ValueError(
-        f"{type(model).__name__} is not a model that sctd_ds can convert. Known families: "
+        f"sctd_ds cannot convert {type(model).__name__}. Known families: "
         f"{', '.join(adapter.family for adapter in ADAPTERS)}. The nearest is {nearest.family}, but the model {why}. "
-        "For another family derive a class from sctd_ds.Adapter and pass it to sctd_ds.register_adapter, see docs/recipes.md"
+        "For another family, derive a class from sctd_ds.Adapter and pass it to sctd_ds.register_adapter, see docs/recipes.md"
     )

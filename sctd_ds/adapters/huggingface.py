@@ -1,4 +1,4 @@
-"""Families of Hugging Face transformers. Attention always runs through torch's scaled_dot_product_attention."""
+"""Model families of Hugging Face transformers. Their attention always runs through torch's scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sctd_ds.adapters.base import Adapter, Batch, check_batch
 
 
 class HuggingFaceAdapter(Adapter):
-    """Keyword forward with labels, -100 where nothing is predicted; returns MaskedLMOutput, or a tuple if asked to."""
+    """Base: forward takes keywords, with label -100 where nothing is predicted, and returns MaskedLMOutput or a tuple."""
 
     black_box = False
     embedding_inputs: ClassVar[tuple[str, ...]] = ("token_type_ids", "position_ids")
@@ -26,7 +26,7 @@ class HuggingFaceAdapter(Adapter):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        # A causal model has the same parts; it predicts the next token, and its forward can go on from a cache.
+        # A causal model has the same parts, but predicts the next token; its forward accepts a key-value cache.
         causal = "past_key_values" in inspect.signature(type(model).forward).parameters
         return super().matches(model) and not causal and not getattr(model.config, "is_decoder", False)
 
@@ -36,7 +36,7 @@ class HuggingFaceAdapter(Adapter):
         given.pop("self", None)
         if given.pop("inputs_embeds", None) is not None:
             raise ValueError(
-                "inputs_embeds cannot be trained on with token dropping: importance is looked up by token id; pass input_ids"
+                "inputs_embeds does not work with token dropping, which looks up importance by token id: pass input_ids"
             )
         return_dict = given.pop("return_dict", None)
         batch = Batch(
@@ -50,7 +50,9 @@ class HuggingFaceAdapter(Adapter):
         )
         unused = [name for name, value in given.items() if value is not None and value is not False]
         if unused:
-            raise ValueError(f"{', '.join(unused)}: not available in a training forward with token dropping; use model.eval()")
+            raise ValueError(
+                f"{', '.join(unused)}: not supported in a training forward with token dropping; drop it, or call model.eval()"
+            )
         return check_batch(batch, "labels")
 
     def output(self, loss: Tensor, batch: Batch, first: Tensor) -> Any:
@@ -59,8 +61,18 @@ class HuggingFaceAdapter(Adapter):
         return MaskedLMOutput(loss=loss) if batch.return_dict else (loss,)
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int, dropout: float) -> Tensor:
+    """Multi-head attention: query [B, Q, d], key and value [B, C, d], mask [B, 1, 1, C] -> [B, Q, d]."""
+
+    def split(x: Tensor) -> Tensor:  # [B, T, d] -> [B, heads, T, d / heads]
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    mixed = F.scaled_dot_product_attention(split(query), split(key), split(value), attn_mask=mask, dropout_p=dropout)
+    return mixed.transpose(1, 2).flatten(2)
+
+
 class BertAdapter(HuggingFaceAdapter):
-    """BertForMaskedLM, and what other families with BERT's layers share with it."""
+    """BertForMaskedLM; also the base of other families with BERT's layers."""
 
     family = "BERT"
     parts = (
@@ -85,18 +97,15 @@ class BertAdapter(HuggingFaceAdapter):
     @staticmethod
     def layer(layer: nn.Module, queries: Tensor, context: Tensor, mask: Tensor | None, *places: Tensor | None) -> Tensor:
         attention = layer.attention.self
-
-        def heads(x: Tensor) -> Tensor:  # [B, T, d] -> [B, heads, T, d / heads]
-            return x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-
-        mixed = F.scaled_dot_product_attention(
-            heads(attention.query(queries)),
-            heads(attention.key(context)),
-            heads(attention.value(context)),
-            attn_mask=mask,
-            dropout_p=attention.dropout.p if attention.training else 0.0,
+        mixed = _attention(
+            attention.query(queries),
+            attention.key(context),
+            attention.value(context),
+            mask,
+            heads=attention.num_attention_heads,
+            dropout=attention.dropout.p if attention.training else 0.0,
         )
-        attended = layer.attention.output(mixed.transpose(1, 2).flatten(2), queries)
+        attended = layer.attention.output(mixed, queries)
         return layer.output(layer.intermediate(attended), attended)
 
     def head(self, states: Tensor) -> Tensor:
@@ -104,7 +113,7 @@ class BertAdapter(HuggingFaceAdapter):
 
 
 class BertPreTrainingAdapter(BertAdapter):
-    """BertForPreTraining: masked-LM and next-sentence loss, added as the model itself adds them."""
+    """BertForPreTraining: the sum of the masked-LM and the next-sentence loss, as in the model itself."""
 
     family = "BERT with next sentence prediction"
     parts = (*BertAdapter.parts, "cls.seq_relationship", "bert.pooler")
@@ -113,8 +122,8 @@ class BertPreTrainingAdapter(BertAdapter):
         batch = super().batch(args, kwargs)
         if batch.sentence_labels is None:
             raise ValueError(
-                "next_sentence_label is missing: this model has a loss only where labels and next_sentence_label are both "
-                "given; pass it, or use BertForMaskedLM"
+                "next_sentence_label is missing: BertForPreTraining computes a loss only if it gets both labels and "
+                "next_sentence_label; pass it, or use BertForMaskedLM"
             )
         return batch
 
@@ -129,7 +138,7 @@ class BertPreTrainingAdapter(BertAdapter):
 
 
 class RobertaAdapter(BertAdapter):
-    """RobertaForMaskedLM, XLMRobertaForMaskedLM, CamembertForMaskedLM: one structure under three names."""
+    """RobertaForMaskedLM, XLMRobertaForMaskedLM and CamembertForMaskedLM, which share one structure."""
 
     family = "RoBERTa"
     parts = (
@@ -144,7 +153,7 @@ class RobertaAdapter(BertAdapter):
 
 
 class ElectraAdapter(BertAdapter):
-    """ElectraForMaskedLM, the generator. The discriminator's task has no token that could be dropped unseen."""
+    """ElectraForMaskedLM, the generator. The discriminator predicts at every token, so it has no tokens to drop."""
 
     family = "ELECTRA generator"
     parts = (
@@ -157,7 +166,7 @@ class ElectraAdapter(BertAdapter):
 
     def embed(self, batch: Batch) -> Tensor:
         states = super().embed(batch)
-        project = getattr(self._backbone, "embeddings_project", None)  # absent where embedding and hidden size agree
+        project = getattr(self._backbone, "embeddings_project", None)  # absent if embedding and hidden size are equal
         return states if project is None else project(states)
 
     def head(self, states: Tensor) -> Tensor:
@@ -165,7 +174,7 @@ class ElectraAdapter(BertAdapter):
 
 
 class DistilBertAdapter(HuggingFaceAdapter):
-    """DistilBertForMaskedLM. It has six layers as released: 1-2 full, 3 cross, 4-5 kept, 6 full."""
+    """DistilBertForMaskedLM. The released model has six layers: 1-2 full, 3 cross, 4-5 kept, 6 full."""
 
     family = "DistilBERT"
     parts = ("distilbert.embeddings.word_embeddings", "distilbert.transformer.layer.0.attention.q_lin", "vocab_projector")
@@ -181,18 +190,15 @@ class DistilBertAdapter(HuggingFaceAdapter):
     @staticmethod
     def layer(layer: nn.Module, queries: Tensor, context: Tensor, mask: Tensor | None, *places: Tensor | None) -> Tensor:
         attention = layer.attention
-
-        def heads(x: Tensor) -> Tensor:  # [B, T, d] -> [B, heads, T, d / heads]
-            return x.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
-
-        mixed = F.scaled_dot_product_attention(
-            heads(attention.q_lin(queries)),
-            heads(attention.k_lin(context)),
-            heads(attention.v_lin(context)),
-            attn_mask=mask,
-            dropout_p=attention.dropout.p if attention.training else 0.0,
+        mixed = _attention(
+            attention.q_lin(queries),
+            attention.k_lin(context),
+            attention.v_lin(context),
+            mask,
+            heads=attention.n_heads,
+            dropout=attention.dropout.p if attention.training else 0.0,
         )
-        attended = layer.sa_layer_norm(attention.out_lin(mixed.transpose(1, 2).flatten(2)) + queries)
+        attended = layer.sa_layer_norm(attention.out_lin(mixed) + queries)
         return layer.output_layer_norm(layer.ffn(attended) + attended)
 
     def head(self, states: Tensor) -> Tensor:
@@ -203,7 +209,7 @@ class DistilBertAdapter(HuggingFaceAdapter):
 class ModernBertAdapter(HuggingFaceAdapter):
     """ModernBertForMaskedLM: pre-LN, rotary positions, local attention in most layers.
 
-    Kept tokens keep their own positions, so rotation and the local window are those of the whole sequence.
+    Kept tokens retain their positions in the row, so rotation and the local window are those of the whole sequence.
     """
 
     family = "ModernBERT"
@@ -227,7 +233,7 @@ class ModernBertAdapter(HuggingFaceAdapter):
         )
         weight, bias = attention.Wqkv.weight, attention.Wqkv.bias
 
-        def project(x: Tensor, rows: slice) -> Tensor:  # a part of Wqkv: [B, T, d] -> [B, heads, T, n * d / heads]
+        def project(x: Tensor, rows: slice) -> Tensor:  # by these rows of Wqkv: [B, T, d] -> [B, n * heads, T, d / heads]
             part = F.linear(layer.attn_norm(x), weight[rows], None if bias is None else bias[rows])
             return part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 

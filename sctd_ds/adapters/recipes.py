@@ -1,4 +1,4 @@
-"""Models of well-known DeepSpeed recipes, told apart from their namesakes by structure."""
+"""Models of well-known DeepSpeed recipes; their structure distinguishes them from classes of the same name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sctd_ds.adapters.huggingface import BertAdapter
 
 
 class HelloDeepSpeedAdapter(BertAdapter):
-    """HelloDeepSpeed's RobertaMLMModel: a RobertaModel named `encoder`, labels padded with the pad id, returns the loss."""
+    """HelloDeepSpeed's RobertaMLMModel: a RobertaModel named `encoder`; labels are padded with the pad id; returns the loss."""
 
     family = "HelloDeepSpeed"
     parts = (
@@ -42,7 +42,7 @@ class HelloDeepSpeedAdapter(BertAdapter):
 
 
 class BingBertAdapter(Adapter):
-    """bing_bert's BertForPreTrainingPreLN: one tuple in, masked-LM plus next-sentence loss out; pre-LN."""
+    """bing_bert's BertForPreTrainingPreLN: forward takes one tuple, returns masked-LM plus next-sentence loss; pre-LN."""
 
     family = "bing_bert"
     parts = (
@@ -66,7 +66,7 @@ class BingBertAdapter(Adapter):
             count = f"{len(items)} items" if isinstance(items, (tuple, list)) else type(items).__name__
             raise ValueError(f"the batch is {count}, expected one tuple of {', '.join(self.items)}")
         if kwargs.get("progressive_layer_drop") or kwargs.get("output_attentions"):
-            raise ValueError("progressive_layer_drop and output_attentions are not available together with token dropping")
+            raise ValueError("progressive_layer_drop and output_attentions are not supported with token dropping: drop them")
         given = dict(zip(self.items, items, strict=False))
         sentence_labels = given.get("next_sentence_label")
         if "next_sentence_label" in given and sentence_labels is None:
@@ -95,7 +95,7 @@ class BingBertAdapter(Adapter):
         return self._model.bert.encoder.FinalLayerNorm(states)
 
     def head(self, states: Tensor) -> Tensor:
-        # Not through the module's own forward: it takes all tokens, picks the labelled ones, and needs CUDA's profiler.
+        # The module's own forward takes all tokens, selects the labelled ones, and needs CUDA's profiler.
         predictions = self._model.cls.predictions
         return predictions.decoder(predictions.transform(states)) + predictions.bias
 
@@ -105,7 +105,7 @@ class BingBertAdapter(Adapter):
 
 
 class AcademicBudgetAdapter(BingBertAdapter):
-    """academic-budget-bert's BertLMHeadModel, a masked LM despite its name: one tuple in, `(loss,)` out; pre- or post-LN."""
+    """academic-budget-bert's BertLMHeadModel, a masked LM: forward takes one tuple, returns `(loss,)`; pre- or post-LN."""
 
     family = "academic-budget-bert"
     parts = BingBertAdapter.parts[:-1]
@@ -120,7 +120,7 @@ class AcademicBudgetAdapter(BingBertAdapter):
         return super().final_norm(states) if config.encoder_ln_mode == "pre-ln" and config.useLN else states
 
     def head(self, states: Tensor) -> Tensor:
-        # With sparse_mask_prediction the recipe never adds predictions.bias; without, it is the decoder's own bias.
+        # With sparse_mask_prediction the recipe never adds predictions.bias; otherwise it is the decoder's own bias.
         predictions = self._model.cls.predictions
         return predictions.decoder(predictions.transform(states))
 
@@ -132,10 +132,10 @@ class AcademicBudgetAdapter(BingBertAdapter):
 
 
 class MegatronAdapter(Adapter):
-    """Megatron-DeepSpeed's BertModel: states [s, b, h] inside, mask True = masked, and the loss is taken outside the model.
+    """Megatron-DeepSpeed's BertModel: states are [s, b, h], mask True = masked, and the recipe reduces the loss itself.
 
-    Its forward returns losses per token, whose mean over the labelled tokens the recipe minimises. Every labelled token
-    is given the objective itself, so that this mean is the objective.
+    Its forward returns losses per token, and the recipe minimises their mean over the labelled tokens.
+    `output` returns the objective as the loss of every labelled token, so this mean is the objective.
     """
 
     family = "Megatron-DeepSpeed BERT"
@@ -159,9 +159,9 @@ class MegatronAdapter(Adapter):
             "rotary positions": getattr(language, "use_rotary_position_embeddings", False),
             "mixture of experts": any(hasattr(module, "deepspeed_moe") for module in self.layers.modules()),
         }
-        found = [name for name, here in refused.items() if here]
+        found = [name for name, used in refused.items() if used]
         if found:
-            raise ValueError(f"Megatron's {', '.join(found)}: not supported together with token dropping; switch it off")
+            raise ValueError(f"Megatron's {', '.join(found)}: not supported with token dropping; switch it off")
 
     def batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
         names = ("bert_model_input", "attention_mask", "tokentype_ids", "lm_labels")

@@ -1,10 +1,10 @@
-"""The ids that token dropping keeps in any case: UNK, CLS, SEP and MASK."""
+"""The ids of UNK, CLS, SEP and MASK, which token dropping always keeps."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Of released vocabularies, by their size; recipes pad BERT's to a multiple of 8, 64 or 128.
+# Of released vocabularies, by size; recipes pad BERT's to a multiple of 8, 64 or 128.
 _RELEASED = {
     **{size: [100, 101, 102, 103] for size in (30522, 30528, 30592)},  # BERT uncased, ELECTRA, DistilBERT
     **{size: [100, 101, 102, 103] for size in (28996, 29000, 29056)},  # BERT cased
@@ -15,11 +15,11 @@ _RELEASED = {
 
 
 def special_ids(tokenizer: Any) -> list[int]:
-    """The ids of UNK, CLS, SEP and MASK in a Hugging Face tokenizer, those that it has, ascending."""
+    """The ids of those of UNK, CLS, SEP and MASK that a Hugging Face tokenizer has, ascending."""
     ids = (getattr(tokenizer, f"{name}_token_id", None) for name in ("unk", "cls", "sep", "mask"))
     return sorted({i for i in ids if i is not None})
 
 
 def released_special_ids(vocabulary: int) -> list[int] | None:
-    """The same of a released vocabulary of this size; None for a size that is not known."""
+    """The same for the released vocabulary of this size; None if the size is unknown."""
     return _RELEASED.get(vocabulary)

@@ -20,14 +20,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="SOURCE",
         help=".txt, .jsonl, .json (also .gz) or .parquet; a folder of them; a Hub data set owner/name[:config]; or "
-        "python-docs[:2MB], English that every Python installation carries",
+        "python-docs[:2MB], English text from the Python installation",
     )
-    make.add_argument("--out", type=Path, required=True, help="folder to write; appears complete or not at all")
+    make.add_argument("--out", type=Path, required=True, help="folder to write; it appears complete or not at all")
     make.add_argument(
-        "--tokenizer", help="folder or name of an existing tokenizer; without it WordPiece is trained on the text"
+        "--tokenizer", help="folder or name of an existing tokenizer; without it, WordPiece is trained on the text"
     )
     make.add_argument("--vocab-size", type=int, default=defaults["vocab_size"], help="of a trained tokenizer")
-    make.add_argument("--cased", dest="lowercase", action="store_false", help="a trained tokenizer keeps capitals and accents")
+    make.add_argument("--cased", dest="lowercase", action="store_false", help="a trained tokenizer keeps case and accents")
     make.add_argument("--seq-length", type=int, default=defaults["seq_length"], help="tokens per row, special ones included")
     make.add_argument(
         "--validation-fraction",
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the tokens held out, by document; at least one row",
     )
     make.add_argument("--seed", type=int, default=defaults["seed"], help="decides which documents are held out")
-    make.add_argument("--text-column", default=defaults["text_column"], help="where a record has its text")
+    make.add_argument("--text-column", default=defaults["text_column"], help="the column of a record that holds the text")
     make.add_argument(
         "--num-proc", type=int, default=defaults["num_proc"], help="processes that tokenize; one already uses all cores"
     )
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="describe a built data set", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     show.add_argument("path", type=Path, metavar="DIR", help="a built data set")
     show.add_argument("--rows", type=int, default=3, help="training rows to decode")
-    show.add_argument("--verify", action="store_true", help="compare every file with its hash")
+    show.add_argument("--verify", action="store_true", help="check every file's SHA-256")
     return parser
 
 
@@ -60,7 +60,7 @@ def _describe(data: PackedData) -> str:
     ]
     wanted = meta.settings["vocab_size"]
     if wanted is not None and meta.vocab_size < wanted:
-        lines.append(f"              ({wanted:,} were asked for; this text supports no more)")
+        lines.append(f"              ({wanted:,} were requested; this text supports no more)")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-"""From packed rows to micro-batches: masking, the global sample order, and where a run stands in it.
+"""Micro-batches from packed rows: masking, the global sample order, and a run's position in it.
 
-Everything here is a pure function of (seed, epoch, row): no generator is advanced from batch to batch. That is why
-worker count, world size and accumulation change nothing, and why a resumed run starts at once, wherever it stopped.
+Everything here is a pure function of (seed, epoch, row): no generator advances from batch to batch. So the number of
+workers, the world size and accumulation do not change the data, and a resumed run continues at any position at once.
 
 Shapes: B micro-batch, S tokens of a row, N rows of a split.
 """
@@ -9,6 +9,7 @@ Shapes: B micro-batch, S tokens of a row, N rows of a split.
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-Batch = dict[str, torch.Tensor]
+MicroBatch = dict[str, torch.Tensor]
+"""`input_ids` and `labels`, int64 [B, S]; and `attention_mask`, int64 [B, S], only if a row is padded."""
 Sample = tuple[int, int]  # (epoch, row)
 
-IGNORED = -100  # the label of a position that is not predicted, as torch's cross entropy wants it
-_ORDER, _MASKS = 0, 1  # random streams that must not meet
+IGNORED = -100  # label of a position that is not predicted, the default ignore_index of torch's cross-entropy
+_ORDER, _MASKS = 0, 1  # separate random streams
 
 
 def _random_words(stream: int, seed: int, epoch: int, sample: int, count: int) -> np.ndarray:
     """`count` uint64 words at the counter (sample, epoch) of the Philox stream (seed, stream).
 
-    The raw words are used, not numpy's distributions: those may change between numpy versions, and a resumed run must
-    not.
+    These are raw words, not draws from numpy's distributions, which may change between numpy versions.
     """
     philox = np.random.Philox(
         key=np.array([seed, stream], dtype=np.uint64), counter=np.array([0, sample, epoch, 0], dtype=np.uint64)
@@ -44,14 +45,14 @@ class Masker:
     """BERT's masked-LM corruption of rows, each a function of (seed, epoch, sample) only.
 
     Of the chosen tokens 80 % become [MASK], 10 % a random word, 10 % stay: the rule of transformers'
-    `DataCollatorForLanguageModeling`, with three differences. The number of chosen tokens is fixed by the row's length
-    (`labels_per_row`), so that shapes are static; a random word is never a special token; and the pattern does not
-    depend on what was masked before. Special tokens (separators inside the row and [UNK] included) are never chosen.
+    `DataCollatorForLanguageModeling`, with three differences. The row's length fixes the number of chosen tokens
+    (`labels_per_row`), so shapes are static; a random word is never a special token; and the pattern does not
+    depend on earlier rows. Special tokens, including [UNK] and the separators inside a row, are never chosen.
 
     Args:
-        tokenizer: any tokenizer with mask and pad tokens; only its ids are read.
+        tokenizer: any tokenizer with mask and pad tokens; the masker reads only its ids.
         seed: non-negative.
-        mlm_probability: share of a row's tokens that is predicted, in (0, 1).
+        mlm_probability: share of a row's tokens to predict, in (0, 1).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, mlm_probability: float = 0.15):
@@ -60,7 +61,7 @@ class Masker:
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no mask or no pad token: masked-LM training needs both")
+            raise ValueError("the tokenizer lacks a mask or a pad token: masked-LM training needs both")
         self.seed = seed
         self.mlm_probability = mlm_probability
         self.mask_id: int = tokenizer.mask_token_id
@@ -71,10 +72,10 @@ class Masker:
         self._is_word[self._words] = True
 
     def labels_per_row(self, length: int) -> int:
-        """How many positions of a row with `length` real tokens, [CLS] and [SEP] included, are predicted.
+        """Number of predicted positions in a row with `length` real tokens, [CLS] and [SEP] included.
 
-        Separators between documents count as tokens here, though they are never chosen: otherwise full rows would differ.
-        Only a row with fewer words than this (nearly all [UNK]) gets fewer.
+        Separators between documents count as tokens here, although they are never chosen, so that all full
+        rows have the same number. Only a row with fewer words than this (nearly all [UNK]) gets fewer labels.
         """
         return max(1, round(self.mlm_probability * (length - 2)))
 
@@ -92,7 +93,7 @@ class Masker:
 
         seq_length, most = ids.shape[1], max(wanted)
         words = np.stack([_random_words(_MASKS, self.seed, *sample, seq_length + 2 * most) for sample in samples])
-        # The draws of a row must not depend on its companions in the batch: keys by position, the rest by rank.
+        # The draws of a row must not depend on the other rows of the batch: keys by position, the rest by rank.
         keys, fates, replacements = words[:, :seq_length], words[:, seq_length::2], words[:, seq_length + 1 :: 2]
         positions = np.argsort(np.where(candidate, keys, np.uint64(2**64 - 1)), axis=1)[:, :most]
         row, rank = np.nonzero(np.arange(positions.shape[1]) < counts[:, None])
@@ -106,12 +107,12 @@ class Masker:
 
     def reseeded(self, seed: int) -> Masker:
         """The same masker with another seed."""
-        twin = object.__new__(Masker)
-        twin.__dict__.update(self.__dict__, seed=seed)
-        return twin
+        masker = copy.copy(self)
+        masker.seed = seed
+        return masker
 
 
-def _collate(rows: datasets.Dataset, masker: Masker, samples: Sequence[Sample]) -> Batch:
+def _collate(rows: datasets.Dataset, masker: Masker, samples: Sequence[Sample]) -> MicroBatch:
     ids = rows[[row for _, row in samples]]["input_ids"]
     corrupted, labels = masker(ids, samples)
     batch = {"input_ids": torch.from_numpy(corrupted), "labels": torch.from_numpy(labels)}
@@ -124,21 +125,20 @@ def _collate(rows: datasets.Dataset, masker: Masker, samples: Sequence[Sample]) 
 class Loader:
     """Endless iterator over this rank's micro-batches, resumable from one integer.
 
-    Optimizer step t takes the global samples [t * G, (t + 1) * G) with G = micro_batch * accumulation * world, so a
-    step sees the same samples for every split of the same G. No sample is lost at an epoch's end.
+    Optimizer step t takes the global samples [t * G, (t + 1) * G) with G = micro_batch * accumulation * world,
+    so a step sees the same samples for every split of the same G. Each epoch visits every row once, in a new
+    random order; a micro-batch may span two epochs, so no row is dropped.
 
-    A micro-batch holds `input_ids` and `labels` (int64 [B, S]) and, only if one of its rows is padded, `attention_mask`
-    (int64 [B, S]): full rows keep attention without a mask. Memory is pinned where there is a CUDA device. The global
-    generators are left alone.
+    A micro-batch has an `attention_mask` only if one of its rows is padded, so attention over full rows needs no mask.
+    Memory is pinned if there is a CUDA device. The loader does not use the global random generators.
 
     Args:
         rows: a dataset whose rows hold `input_ids` of one length, e.g. `load(path).train`.
         masker: corrupts the rows; its seed and `seed` may differ.
-        rank, world: this process, and how many there are.
+        rank, world: this process, and the number of processes.
         seed: of the order, non-negative.
-        shuffle: False keeps the rows' own order in every epoch.
-        num_workers: threads that prepare batches ahead; they change speed only. Threads, because numpy does the work, and
-            because processes would be forked beside CUDA and would get the signals that tell the trainer to save.
+        num_workers: threads that prepare micro-batches ahead; they change speed only. Threads suffice, as numpy does
+            the work; processes would fork beside CUDA and would receive the signals that tell the trainer to save.
         start: position to start from.
 
     Raises:
@@ -155,7 +155,6 @@ class Loader:
         rank: int,
         world: int,
         seed: int,
-        shuffle: bool = True,
         num_workers: int = 0,
         start: int = 0,
     ):
@@ -177,22 +176,15 @@ class Loader:
         self._rows, self._masker = rows.with_format("numpy", columns=["input_ids"]), masker
         self._num_workers = num_workers
         self._workers = ThreadPoolExecutor(num_workers, thread_name_prefix="data") if num_workers else None
-        self._ahead: collections.deque[Future[Batch]] = collections.deque()
-
-        @functools.lru_cache(maxsize=2)  # a batch may span two epochs
-        def order(epoch: int) -> np.ndarray:
-            count = len(rows)
-            if not shuffle:
-                return np.arange(count)
-            return np.argsort(_random_words(_ORDER, seed, epoch, 0, count), kind="stable")
-
-        self._order = order
+        self._ahead: collections.deque[Future[MicroBatch]] = collections.deque()
+        # A micro-batch may span two epochs.
+        self._order = functools.lru_cache(maxsize=2)(functools.partial(_epoch_order, seed, len(rows)))
         self.load_state_dict({"position": start})
 
     def __iter__(self) -> Loader:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> MicroBatch:
         if self._workers is None:
             batch = self._prepare(self._taken)
         else:
@@ -200,12 +192,14 @@ class Loader:
                 self._ahead.append(self._workers.submit(self._prepare, self._taken + len(self._ahead)))
             batch = self._ahead.popleft().result()
         self._taken += 1
-        # Pinned here, as a worker thread would open a context on GPU 0, whatever this rank's GPU is.
-        return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch
+        if not torch.cuda.is_available():
+            return batch
+        # A worker thread must not pin: it would open a context on GPU 0, whichever GPU this rank uses.
+        return {name: tensor.pin_memory() for name, tensor in batch.items()}
 
     @property
     def position(self) -> int:
-        """Samples, over all ranks, that finished steps have consumed; a step is finished with its last micro-batch."""
+        """Samples, over all ranks, that finished steps have consumed; the last micro-batch finishes a step."""
         return self._start + self._taken // self.accumulation * self.samples_per_step
 
     @property
@@ -224,14 +218,19 @@ class Loader:
         self._ahead.clear()
 
     def _samples(self, index: int) -> list[Sample]:
-        """Samples of this rank's micro-batch number `index` since `_start`, neighbours in the global order."""
+        """Samples of this rank's micro-batch number `index` since `_start`, adjacent in the global order."""
         step, part = divmod(index, self.accumulation)
         first = self._start + step * self.samples_per_step + (part * self.world + self.rank) * self.micro_batch
         numbers = (divmod(n, len(self._rows)) for n in range(first, first + self.micro_batch))
         return [(epoch, int(self._order(epoch)[n])) for epoch, n in numbers]
 
-    def _prepare(self, index: int) -> Batch:
+    def _prepare(self, index: int) -> MicroBatch:
         return _collate(self._rows, self._masker, self._samples(index))
+
+
+def _epoch_order(seed: int, count: int, epoch: int) -> np.ndarray:
+    """The order of `count` rows in one epoch."""
+    return np.argsort(_random_words(_ORDER, seed, epoch, 0, count), kind="stable")
 
 
 def validation_batches(
@@ -242,13 +241,12 @@ def validation_batches(
     rank: int = 0,
     world: int = 1,
     max_batches: int | None = None,
-) -> Iterator[Batch]:
-    """This rank's share of the first `max_batches` batches of a validation split (all of them: None), in the rows' order.
+) -> Iterator[MicroBatch]:
+    """This rank's share of the first `max_batches` batches (None: all) of a validation split, in the rows' order.
 
     `max_batches` counts over all ranks, so every world size sees the same rows. Ranks take turns: their numbers of
     batches differ by at most one, and the last batch may be short, so reduce sums and counts, not means. Masks are
-    those of epoch 0 and seed 0, whatever the run's seed: losses of different runs are of the same text with the same
-    gaps.
+    those of epoch 0 and seed 0, whatever the run's seed, so losses of different runs refer to the same masked text.
     """
     if batch_size < 1 or not 0 <= rank < world:
         raise ValueError(f"expected batch_size >= 1 and 0 <= rank < world, got {batch_size=}, {rank=}, {world=}")

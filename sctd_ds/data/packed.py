@@ -1,7 +1,7 @@
-"""Text to a packed data set on disk, and back from disk.
+"""Building a packed data set from text, and loading it.
 
-A built folder holds `train/` and `validation/` (Arrow, read memory-mapped), `tokenizer/` and `meta.json`, which is
-written last and lists every file: a folder without it, or that disagrees with it, is refused.
+A built folder holds `train/` and `validation/` (Arrow, read memory-mapped), `tokenizer/` and `meta.json`.
+`meta.json` is written last and lists every file; `load` refuses a folder that lacks it or disagrees with it.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-ALPHABET = 1000  # most frequent characters that a trained vocabulary can spell, as BERT's own trainer limits them
-TOKENIZER_FILES = ("*token*.json", "vocab*", "merges*", "*.model")  # in a tokenizer's folder, of any kind
-BATCH_BYTES = 1 << 24  # of text or tokens that are handled at a time
+ALPHABET = 1000  # a trained vocabulary spells this many characters, the most frequent ones; BERT's own trainer has this limit
+TOKENIZER_FILES = ("*token*.json", "vocab*", "merges*", "*.model")  # files of any type of tokenizer
+BATCH_BYTES = 1 << 24  # of text or tokens processed at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What is known about a built data set; the content of its `meta.json`.
+    """Description of a built data set, stored as its `meta.json`.
 
-    `fingerprint` is a hash of the tokenizer and of every row: the same text, tokenizer and settings give the same one
-    anywhere. Token counts leave out special tokens and separators. `files` maps each file to its size in bytes and
-    SHA-256.
+    `fingerprint` is a hash of the tokenizer and of every row: the same text, tokenizer and settings
+    give the same fingerprint on any machine. Token counts exclude special tokens and separators.
+    `files` maps each file to its size in bytes and its SHA-256.
     """
 
     format: int
@@ -91,35 +91,39 @@ def build(
     """Tokenize text and pack it into full rows on disk.
 
     Packing: the documents of a split are joined into one stream with [SEP] between them; the stream is cut every
-    `seq_length - 2` tokens, and each piece stands between [CLS] and [SEP]. A row may therefore begin or end inside a
+    `seq_length - 2` tokens, and each piece is enclosed in [CLS] and [SEP]. A row may therefore begin or end inside a
     document. No token is lost, and only the last row of a split is padded.
 
-    Validation is held out by document, those with the smallest hash of (seed, text) first, until they fill the wanted
-    share and at least one row; equal texts land on the same side, so nothing is in both splits.
+    Validation is held out by document, in the order of a hash of (seed, text), until the documents fill the requested
+    share and at least one row. Equal texts go to the same split, so no text is in both.
 
     Args:
         sources: `.txt`, `.jsonl`, `.json` (each also `.gz`), `.parquet`, folders of them, a Hub data set
-            `owner/name[:config]` (its train split), or "python-docs[:2MB]", English that every Python installation
-            carries, of at most that size.
+            `owner/name[:config]` (its train split), or "python-docs[:2MB]", English text from the Python installation,
+            of at most that size.
         out: the folder to write. It appears complete or not at all.
         tokenizer: folder or name of an existing tokenizer; None trains a WordPiece vocabulary on the text.
-        vocab_size, lowercase: of a trained tokenizer. Little text gives a smaller vocabulary.
+        vocab_size, lowercase: of a trained tokenizer. A small text gives a smaller vocabulary.
         seq_length: tokens per row, special tokens included.
         validation_fraction: of all tokens, in [0, 1).
-        text_column: where a record has its text.
+        text_column: the column of a record that holds the text.
         num_proc: processes that tokenize; 1 already uses all cores, as `tokenizers` is parallel.
-        overwrite: replace an older built data set at `out`; nothing else is ever replaced.
+        overwrite: replace a data set built earlier at `out`; `build` never replaces anything else.
 
     Returns:
         `out`.
 
     Raises:
-        DataError: the sources, the tokenizer, a setting or `out` will not do; nothing is left behind.
+        DataError: a source, the tokenizer, a setting or `out` is unusable; nothing is left behind.
     """
     out = Path(out)
+    # Fail early: a bad setting, source or tokenizer must not show only after hours of reading.
     _check_settings(sources, out, vocab_size, seq_length, validation_fraction, seed, num_proc, overwrite)
     for source in sources:
-        identity(source)  # all of them exist before hours go into the first
+        identity(source)
+    given = _load_tokenizer(tokenizer) if tokenizer else None
+
+    # Write to a private folder beside `out`, and rename it when it is complete.
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -127,7 +131,6 @@ def build(
         raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
     try:
         with _progress_bars_on_terminals_only(), tempfile.TemporaryDirectory(prefix="work.", dir=staging) as work:
-            given = _load_tokenizer(tokenizer) if tokenizer else None  # a bad one fails before hours of reading
             texts = _read(sources, text_column, seed, Path(work))
             tok = given or _train_tokenizer(texts, vocab_size, lowercase, seq_length)
             tok.save_pretrained(staging / "tokenizer")
@@ -167,8 +170,7 @@ def build(
 def load(path: str | Path, *, seq_length: int | None = None, verify: bool = False) -> PackedData:
     """Open a built data set, memory-mapped.
 
-    Every file's size is compared with `meta.json`, and the content of all but the Arrow files; `verify` compares those
-    too.
+    This compares every file's size with `meta.json`, and the SHA-256 of all but the Arrow files; `verify` includes those.
 
     Raises:
         DataError: not a built data set, incomplete, altered, or built for another `seq_length`.
@@ -179,15 +181,16 @@ def load(path: str | Path, *, seq_length: int | None = None, verify: bool = Fals
     meta = _read_meta(path)
     if seq_length is not None and meta.seq_length != seq_length:
         raise DataError(
-            f"{path}: built for seq_length {meta.seq_length}, but {seq_length} is wanted; "
+            f"{path}: built for seq_length {meta.seq_length}, but seq_length {seq_length} was requested; "
             f"build it again with --seq-length {seq_length}, or train with {meta.seq_length}"
         )
     for name, facts in meta.files.items():
         file = path / name
         if not file.is_file():
-            raise DataError(f"{path}: {name} is missing, the data set is incomplete; build it again")
-        if file.stat().st_size != facts[0] or ((verify or file.suffix != ".arrow") and _file_facts(file) != facts):
-            raise DataError(f"{path}: {name} is not as it was built (damaged or edited); build it again")
+            raise DataError(f"{path}: {name} is missing, so the data set is incomplete; build it again")
+        hashed = verify or file.suffix != ".arrow"
+        if file.stat().st_size != facts[0] or (hashed and _file_facts(file) != facts):
+            raise DataError(f"{path}: {name} has changed since it was built (damaged or edited); build the data set again")
     return PackedData(
         path=path,
         train=load_from_disk(str(path / "train")),
@@ -198,30 +201,33 @@ def load(path: str | Path, *, seq_length: int | None = None, verify: bool = Fals
 
 
 def check_tokenizer(packed: PackedData, name: str) -> None:
-    """DataError unless the rows were made with the tokenizer `name` (a folder or Hub name): its ids would mean other words."""
-    ours, theirs = packed.tokenizer, _load_tokenizer(name)
+    """Raise DataError unless the rows were made with the tokenizer `name` (a folder or Hub name).
+
+    Another tokenizer's ids would stand for other words.
+    """
+    used, wanted = packed.tokenizer, _load_tokenizer(name)
 
     def essence(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
-        return [tokenizer.get_vocab(), _special_ids(tokenizer), *(parts[part] for part in ("normalizer", "pre_tokenizer"))]
+        return [tokenizer.get_vocab(), _special_ids(tokenizer), parts["normalizer"], parts["pre_tokenizer"]]
 
-    if essence(ours) != essence(theirs):
-        how = "" if len(ours) == len(theirs) else f" ({len(ours)} ids, not {len(theirs)})"
+    if essence(used) != essence(wanted):
+        sizes = "" if len(used) == len(wanted) else f" ({len(used)} ids, not {len(wanted)})"
         raise DataError(
-            f"{packed.path}: built with another tokenizer than that of {name}{how}; build it again with --tokenizer {name}, "
-            "or give pretrain.py the text"
+            f"{packed.path}: built with another tokenizer than that of {name}{sizes}; build it again with "
+            f"--tokenizer {name}, or give pretrain.py the text"
         )
 
 
 def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) -> Path:
-    """A built data set for whatever the user names: one that exists, or text, which is built once and found again later.
+    """The path of a built data set: `spec` itself if it is one, else a data set built from the text of `spec`, once.
 
-    Text is recognised by the names, sizes and modification times of its files and by the options; any change builds
-    anew. Several processes may call this at once: one builds, the others wait for it.
+    Names, sizes and modification times of the text's files and the options identify a data set; any change
+    causes a new build. Several processes may call this at once: one builds, the others wait for it.
 
     Args:
         spec: a built folder, or what `build` takes as sources.
-        cache_dir: where data sets built here are kept.
+        cache_dir: the folder that keeps the data sets built here.
         build_options: keyword arguments of `build`.
     """
     sources = [spec] if isinstance(spec, str) else list(spec)
@@ -229,7 +235,7 @@ def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) 
         return Path(sources[0])
     identities, options = [identity(source) for source in sources], dict(build_options)
     tokenizer = options.get("tokenizer")
-    if tokenizer and Path(tokenizer).is_dir():  # by its content: the model that it may lie with does not matter
+    if tokenizer and Path(tokenizer).is_dir():  # its content identifies it; a model in the same folder does not matter
         files = sorted({file for pattern in TOKENIZER_FILES for file in Path(tokenizer).glob(pattern)})
         options["tokenizer"] = [(file.name, _file_facts(file)) for file in files]
     key = json.dumps([FORMAT, identities, sorted(options.items())], default=str)
@@ -285,7 +291,7 @@ def _check_vacant(out: Path, overwrite: bool) -> None:
 
 def _put_in_place(staging: Path, out: Path, overwrite: bool) -> None:
     if not (overwrite and (out / META).is_file()):
-        os.rename(staging, out)  # fails if somebody else was faster
+        os.rename(staging, out)  # fails if another process created `out` meanwhile
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
     os.rename(out, old)
@@ -299,7 +305,7 @@ def _put_in_place(staging: Path, out: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _progress_bars_on_terminals_only() -> Iterator[None]:
-    """Our bars look for a terminal themselves; those of `datasets` have to be told."""
+    """Our own bars check for a terminal (disable=None); this switches those of `datasets` off where there is none."""
     import datasets
 
     silence = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
@@ -313,7 +319,7 @@ def _progress_bars_on_terminals_only() -> Iterator[None]:
 
 
 def _read(sources: Sequence[str], text_column: str, seed: int, work: Path) -> datasets.Dataset:
-    """All documents as Arrow: `text`, and `key`, the hash that decides who is held out."""
+    """All documents as Arrow: `text`, and `key`, the hash that decides which documents are held out."""
     from datasets import Dataset, Features, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -343,7 +349,7 @@ def _read(sources: Sequence[str], text_column: str, seed: int, work: Path) -> da
 
 
 def _batch_size(rows: datasets.Dataset) -> int:
-    """Rows that make about BATCH_BYTES."""
+    """The number of rows in about BATCH_BYTES."""
     return max(1, min(10_000, len(rows) * BATCH_BYTES // max(1, rows.data.nbytes)))
 
 
@@ -353,10 +359,10 @@ def _texts(texts: datasets.Dataset) -> Iterator[list[str]]:
 
 
 def _train_tokenizer(texts: datasets.Dataset, vocab_size: int, lowercase: bool, seq_length: int) -> PreTrainedTokenizerBase:
-    """WordPiece over BERT's normalizer and pre-tokenizer, the same vocabulary in every run.
+    """WordPiece over BERT's normalizer and pre-tokenizer, with the same vocabulary in every run.
 
-    The trainer numbers symbols in the order of a hash map that is seeded anew in each process, and breaks ties between
-    merges by these numbers. So every symbol it starts from is given to it in a fixed order: characters, and their "##" forms.
+    The trainer numbers symbols in the order of a hash map whose seed differs between processes, and breaks ties between
+    merges by these numbers. So it receives all its initial symbols in a fixed order: characters, and their "##" forms.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizer
@@ -372,7 +378,7 @@ def _train_tokenizer(texts: datasets.Dataset, vocab_size: int, lowercase: bool, 
     continuing = ["##" + c for c in sorted(characters) if len(model.pre_tokenizer.pre_tokenize_str("a" + c)) == 1]
     least = len(SPECIAL_TOKENS) + len(characters) + len(continuing)
     if vocab_size < least:
-        raise DataError(f"vocab_size {vocab_size} cannot even spell the characters of this text; give at least {least}")
+        raise DataError(f"vocab_size {vocab_size} is too small for the characters of this text; give at least {least}")
 
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -386,29 +392,29 @@ def _train_tokenizer(texts: datasets.Dataset, vocab_size: int, lowercase: bool, 
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A fast tokenizer with all five special tokens; never from the network when `name` is a folder."""
+    """A fast tokenizer with all five special tokens. If `name` is a folder, the network is not used."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).exists())
-    except Exception as error:  # transformers and tokenizers raise bare Exceptions for damaged files
+    except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{name}: cannot be loaded as a tokenizer ({reason}); give a folder or a Hub name") from None
     if not tokenizer.is_fast:
         raise DataError(f"{name}: only fast tokenizers (tokenizer.json) are supported, got {type(tokenizer).__name__}")
     if missing := [name for name, token_id in _special_ids(tokenizer).items() if token_id is None]:
         raise DataError(f"{name}: the tokenizer has no {', '.join(missing)} token; masked-LM training needs all five")
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without one
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers' result for a folder without a tokenizer
         raise DataError(f"{name}: the tokenizer has no vocabulary; is its tokenizer.json missing?")
     return tokenizer
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    return {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "unk", "cls", "sep", "mask")}
+    return {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "unk", "cls", "sep", "mask")}
 
 
 def _tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int, work: Path) -> datasets.Dataset:
-    """`ids` (int32, without special tokens), their `length`, and the document's `key`."""
+    """Columns `ids` (int32, without special tokens), `length` (their number) and `key` (the document's)."""
     from datasets import Features, List, Value
 
     backend = tokenizer.backend_tokenizer
@@ -416,8 +422,8 @@ def _tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_p
     backend.no_padding()
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        backend.encode_special_tokens = True  # "[MASK]" in a text is text; set here, as it is not pickled to processes
-        # Giant documents are encoded in pieces, and few pieces at a time: encodings need far more memory than their ids.
+        backend.encode_special_tokens = True  # "[MASK]" in a text is text; set here because pickling loses the setting
+        # Long documents are encoded in pieces, 256 at a time: encodings need far more memory than their ids.
         pieces = [list(cut(text)) for text in batch["text"]]
         flat = [piece for document in pieces for piece in document]
         encoded = iter(
@@ -442,18 +448,18 @@ def _tokenize(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_p
 
 
 def _hold_out(tokenized: datasets.Dataset, fraction: float, seq_length: int) -> np.ndarray:
-    """Which documents are validation: bool [documents]."""
+    """Which documents are held out for validation: bool [documents]."""
     columns = tokenized.select_columns(["key", "length"]).with_format("numpy")[:]
     key, length = columns["key"], columns["length"]
     total, row = int(length.sum()), seq_length - 2
     wanted = max(fraction * total, row)
-    order = np.lexsort((key, length > wanted))  # a document that alone is more than enough comes last
+    order = np.lexsort((key, length > wanted))  # documents longer than the whole validation split come last
     filled = np.searchsorted(np.cumsum(length[order]), wanted)
     held_out = np.isin(key, key[order[: filled + 1]])
     if filled == len(order) or length[~held_out].sum() < row:
         raise DataError(
             f"too little text: {total} tokens in {len(length)} documents do not fill one training and one validation row "
-            f"of {seq_length}; give more text (documents are separated by blank lines), or a smaller seq_length"
+            f"of {seq_length}; give more text (blank lines separate documents), or a smaller seq_length"
         )
     return held_out
 
@@ -472,7 +478,7 @@ class _Packer:
         self.rows = self.tokens = self.unknown = 0
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: their tokens end to end, and how many each has."""
+        """Append documents: their tokens end to end, and the number of tokens of each."""
         self.tokens += len(tokens)
         self.unknown += int(np.count_nonzero(tokens == self.ids["unk"]))
         starts = np.cumsum(lengths) - lengths
@@ -490,7 +496,7 @@ class _Packer:
         self.writer.finalize()
 
     def _write(self, stream: np.ndarray) -> None:
-        """Rows of a stream; only a stream shorter than one row is padded."""
+        """Write a stream as rows; only a stream shorter than one row is padded."""
         import pyarrow
 
         width = self.seq_length - 2
@@ -513,7 +519,7 @@ def _pack(
     work: Path,
     staging: Path,
 ) -> dict[str, Any]:
-    """Write both splits in the documents' order; the counts and the fingerprint of `Meta`."""
+    """Write both splits in the documents' order; returns the counts and the fingerprint of `Meta`."""
     from datasets import Dataset
 
     ids = _special_ids(tokenizer)
@@ -568,5 +574,5 @@ def _read_meta(path: Path) -> Meta:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{file}: damaged ({error}); build the data set again") from None
     if meta.format != FORMAT:
-        raise DataError(f"{path}: format {meta.format}, this version reads {FORMAT}; build the data set again")
+        raise DataError(f"{path}: format {meta.format}, but this version reads {FORMAT}; build the data set again")
     return meta

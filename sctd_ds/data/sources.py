@@ -1,8 +1,9 @@
-"""Where text comes from: files, folders, the Hub, or the Python installation itself, as one stream of documents.
+"""Text sources: files, folders, the Hub, or the Python installation itself, each a stream of documents.
 
-What a document is: a block between blank lines of a `.txt` file, a record of `.jsonl`, `.json`, `.parquet` or a Hub
-data set, all docstrings of one module for "python-docs". A block without structure is cut at line ends or spaces every
-8,192 characters, so that one endless line costs no memory and can still be shared between training and validation.
+A document is a block between blank lines of a `.txt` file, a record of `.jsonl`, `.json`,
+`.parquet` or a Hub data set, or all docstrings of one module for "python-docs". A long block of a
+`.txt` file is cut at line ends or spaces into documents of at most 8,192 characters: so one endless
+line needs little memory and can be split between training and validation.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-BLOCK = 8192  # characters of unstructured text that make one document
+BLOCK = 8192  # most characters of a document in text without records
 CHUNK = 1 << 20  # bytes read at a time
-META = "meta.json"  # what makes a folder a built data set
+META = "meta.json"  # marks a folder as a built data set
 
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -38,14 +39,14 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class DataError(ValueError):
-    """A problem with the user's data; its message is one line that names the place and the remedy."""
+    """A problem with the user's data. Its message is one line that names the place and the remedy."""
 
 
 def documents(source: str, text_column: str) -> Iterator[str]:
     """The documents of one source, stripped and never empty.
 
     Raises:
-        DataError: the source is missing, unreadable, not text, without the text column, or holds nothing.
+        DataError: the source is missing, unreadable, not text, empty, or lacks the text column.
     """
     found = False
     for text in _open_source(source, text_column):
@@ -57,7 +58,7 @@ def documents(source: str, text_column: str) -> Iterator[str]:
 
 
 def identity(source: str) -> list[str]:
-    """What a source was when it was read, without reading it: names, sizes and times of its files, or versions."""
+    """Strings that change when the source does, without reading it: names, sizes and times of files, or versions."""
     if _PYTHON_DOCS.fullmatch(source):
         return [source, sys.version, importlib.metadata.version("torch")]
     if _is_hub(source):
@@ -67,7 +68,7 @@ def identity(source: str) -> list[str]:
 
 
 def size(source: str) -> int:
-    """Bytes on disk, 0 where that is not known beforehand."""
+    """Bytes on disk; 0 if unknown before reading."""
     if _PYTHON_DOCS.fullmatch(source) or _is_hub(source):
         return 0
     return sum(_stat(path).st_size for path in _files(source))
@@ -75,40 +76,45 @@ def size(source: str) -> int:
 
 def _open_source(source: str, text_column: str) -> Iterator[str]:
     if match := _PYTHON_DOCS.fullmatch(source):
-        return _python_docs(int(float(match[1]) * _UNITS[match[2].upper()]) if match[1] else None)
+        limit = int(float(match[1]) * _UNITS[match[2].upper()]) if match[1] else None
+        return _python_docs(limit)
     if _is_hub(source):
         return _hub(source, text_column)
     return (text for path in _files(source) for text in _reader(path)(path, text_column))
 
 
 def _is_hub(source: str) -> bool:
-    """`owner/name[:config]` that cannot be meant as a path: a missing file must be an error, not a download."""
+    """Whether the source is `owner/name[:config]` and cannot be a path: a missing file is an error, never a download."""
+    if not _HUB.fullmatch(source):
+        return False
     path = Path(source)
-    return bool(_HUB.fullmatch(source)) and not (path.exists() or path.parent.exists() or _kind(path) in _READERS)
+    return not (path.exists() or path.parent.exists() or _suffix(path) in _READERS)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _kind(path: Path) -> str:
+def _suffix(path: Path) -> str:
+    """The lower-case suffix that decides the reader; both of the last two for a `.gz` file."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     return "".join(suffixes if suffixes[-1:] == [".gz"] else suffixes[-1:])
 
 
 def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
-    if (kind := _kind(path)) not in _READERS:
-        raise DataError(f"{path}: unknown kind of file; expected one of {', '.join(_READERS)}")
-    return _READERS[kind]
+    suffix = _suffix(path)
+    if suffix not in _READERS:
+        raise DataError(f"{path}: unknown file type; expected one of {', '.join(_READERS)}")
+    return _READERS[suffix]
 
 
 def _files(source: str) -> list[Path]:
-    """The file itself, or the text files below a folder in sorted order; hidden files and built data sets are passed over."""
+    """The file itself, or the text files below a folder, sorted, without hidden files and built data sets."""
     root = Path(source).expanduser()
     if not stat.S_ISDIR(_stat(root).st_mode):
         _reader(root)
         return [root]
     if (root / META).exists():
-        raise DataError(f"{source}: already a built data set; give the text it was built from, or use it as it is")
+        raise DataError(f"{source}: already a built data set; give the text it was built from, or use the data set itself")
 
     def fail(error: OSError) -> None:
         raise _unreadable(error.filename or root, error)
@@ -116,7 +122,7 @@ def _files(source: str) -> list[Path]:
     files = []
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [f for f in folders if f[0] != "." and not (Path(folder) / f / META).exists()]
-        files += [Path(folder) / name for name in names if name[0] != "." and _kind(Path(name)) in _READERS]
+        files += [Path(folder) / name for name in names if name[0] != "." and _suffix(Path(name)) in _READERS]
     if not files:
         raise DataError(f"{source}: no text in this folder; expected files ending in {', '.join(_READERS)}")
     return sorted(files)
@@ -138,10 +144,10 @@ def _stat(path: Path) -> os.stat_result:
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    """Text of a UTF-8 file in chunks: byte-order mark dropped, line ends made \\n, gzip opened."""
+    """Text of a UTF-8 file in chunks, without a byte-order mark and with \\n as line end; gzip is decompressed."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    offset = 0  # of the first byte that the decoder still holds
+    offset = 0  # of the first byte that the decoder has not decoded
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
             while True:
@@ -172,7 +178,11 @@ def _decoded(path: Path) -> Iterator[str]:
 def cut(text: str) -> Iterator[str]:
     """Pieces of at most BLOCK characters, cut at a line end if there is one, else at a space, else anywhere."""
     while len(text) > BLOCK:
-        end = max(text.rfind("\n", 1, BLOCK), 0) or max(text.rfind(" ", 1, BLOCK), 0) or BLOCK
+        end = text.rfind("\n", 1, BLOCK)
+        if end < 0:
+            end = text.rfind(" ", 1, BLOCK)
+        if end < 0:
+            end = BLOCK
         yield text[:end]
         text = text[end:]
     yield text
@@ -207,7 +217,7 @@ def _json_lines(path: Path, text_column: str) -> Iterator[str]:
 
 
 def _json(path: Path, text_column: str) -> Iterator[str]:
-    """An array of objects, or JSON lines under the name of JSON."""
+    """An array of objects, or JSON lines in a `.json` file."""
     start = next((chunk.lstrip()[:1] for chunk in _decoded(path) if chunk.strip()), "")
     if start != "[":
         yield from _json_lines(path, text_column)
@@ -231,15 +241,16 @@ def _parsed(text: str, path: Path, line: int) -> object:
 
 
 def _field(record: object, column: str, place: str) -> str:
-    """The text of a record; null counts as empty, as exporters write it so."""
+    """The text of a record; null counts as empty, because exporters write empty text as null."""
     if not isinstance(record, dict):
         raise DataError(f"{place}: expected an object with a column '{column}', got {type(record).__name__}")
     if column not in record:
         raise DataError(f"{place}: no column '{column}'; there are {_names(record)}: choose one (text_column, --text-column)")
-    if not isinstance(text := record[column], str | None):
+    text = record[column]
+    if not isinstance(text, str | None):
         raise DataError(f"{place}: column '{column}' holds {type(text).__name__}, expected a string")
     if text and _SURROGATE.search(text):
-        raise DataError(f"{place}: column '{column}' holds half a surrogate pair, which is not text; repair the record")
+        raise DataError(f"{place}: column '{column}' holds half a surrogate pair, which is not valid text; fix the record")
     return text or ""
 
 
@@ -278,7 +289,7 @@ _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 }
 
 
-# --- not files -------------------------------------------------------------------------------------------------------
+# --- the Hub, and Python's own documentation -------------------------------------------------------------------------
 
 
 def _hub(source: str, text_column: str) -> Iterator[str]:
@@ -292,19 +303,19 @@ def _hub(source: str, text_column: str) -> Iterator[str]:
             yield _field(record, text_column, source)
     except DataError:
         raise
-    except Exception as error:  # whatever a network, a server and a stranger's files can raise
+    except Exception as error:  # networks, servers and foreign files raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{source}: no such path here, and as a Hub data set it could not be read ({reason}); "
+            f"{source}: no such path here, and it could not be read as a Hub data set ({reason}); "
             "check the name and the connection"
         ) from None
 
 
 def _python_docs(limit: int | None) -> Iterator[str]:
-    """English that every Python installation carries, up to `limit` bytes of UTF-8.
+    """English text from the Python installation, cut off after the document that reaches `limit` bytes of UTF-8.
 
-    The language reference (`pydoc_data.topics`), then the docstrings of the standard library, then those of torch.
-    Sources are parsed, never imported; each text comes once.
+    First the language reference (`pydoc_data.topics`), then the docstrings of the standard library,
+    then those of torch. Modules are parsed, never imported; equal docstrings appear once.
     """
     from pydoc_data.topics import topics
 
@@ -312,9 +323,11 @@ def _python_docs(limit: int | None) -> Iterator[str]:
     torch_spec = importlib.util.find_spec("torch")
     assert torch_spec is not None and torch_spec.submodule_search_locations
     modules = itertools.chain(_sources(stdlib), _sources(Path(torch_spec.submodule_search_locations[0])))
-    total = 0
     seen: set[str] = set()
-    for text in itertools.chain((topics[name] for name in sorted(topics)), (_docstrings(path, seen) for path in modules)):
+    reference = (topics[name] for name in sorted(topics))
+    docstrings = (_docstrings(path, seen) for path in modules)
+    total = 0
+    for text in itertools.chain(reference, docstrings):
         for piece in cut(_RULER.sub("", text)):
             if limit is not None and total >= limit:
                 return
@@ -323,15 +336,15 @@ def _python_docs(limit: int | None) -> Iterator[str]:
 
 
 def _sources(root: Path) -> list[Path]:
-    """Python files below a folder, without installed packages and tests, in an order that is the same everywhere."""
+    """Python files below a folder, sorted, without installed packages and tests."""
     skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
     return sorted(path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts))
 
 
 def _docstrings(path: Path, seen: set[str]) -> str:
-    """All docstrings of a file that are not in `seen`, one paragraph apart; a file that does not parse has none."""
+    """All docstrings of a file that are not in `seen`, separated by blank lines; none if the file does not parse."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        warnings.simplefilter("ignore")  # invalid escapes in installed modules
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):

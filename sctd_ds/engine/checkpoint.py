@@ -221,6 +221,27 @@ def _by_parameter(folder: Path, stage: str, names: Mapping[str, str]) -> Pieces:
     return {name: torch.cat(parts) for name, parts in weights.items()}, joined, groups, scalars
 
 
+def kept(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's `checkpoints` folder, by step."""
+    return sorted(path for path in folder.glob("step_*") if _NAME.match(path.name))
+
+
+def about(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint records of its run: "settings" (the flat configuration), "world_size" and "step"."""
+    return json.loads((checkpoint / _SETTINGS).read_text(encoding="utf-8"))
+
+
+def manifest(checkpoint: Path) -> Path:
+    """The file that lists the others with their hashes, and so differs between any two checkpoints."""
+    return checkpoint / _MANIFEST
+
+
+def read_model(checkpoint: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """Weights by name, in the run's dtype, and importance scores [V] fp32, of a checkpoint without pipeline stages."""
+    content = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+    return content["module"], content["sctd"]["importance"]["scores"]
+
+
 def verify(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     if not (checkpoint / _MANIFEST).is_file():

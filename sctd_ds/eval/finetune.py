@@ -1,7 +1,7 @@
-"""Fine-tuning: one loop for every kind of task, on transformers' heads and Trainer, resumable per task and seed.
+"""Fine-tuning: one loop for all kinds of tasks, on transformers' heads and Trainer, resumable per task and seed.
 
-The last weights are scored, with no choice among checkpoints by the data that scores them. Warm-up over 6 % of the steps,
-linear decay, AdamW with weight decay 0.01: the paper states none of these.
+The final weights are scored: the evaluation data does not select a checkpoint. The optimizer is AdamW
+with weight decay 0.01, warm-up over 6 % of the steps and linear decay, none of which the paper specifies.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from sctd_ds.eval.tasks import Task
 WARMUP, WEIGHT_DECAY = 0.06, 0.01
 STRIDE = 128  # tokens that two windows of one long context share
 LONGEST_ANSWER = 30  # tokens
-CANDIDATES = 20  # best starts and best ends that are combined
+CANDIDATES = 20  # number of best starts and of best ends that are combined
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Cuts for trials and tests; None: the whole recipe. micro_batch: rows on the device at once, for any recipe's batch."""
+    """Limits for trials and tests (None: the whole recipe). micro_batch: most rows on the device at once."""
 
     max_steps: int | None = None
     max_train: int | None = None
@@ -42,18 +42,33 @@ class Limits:
     micro_batch: int = 32
 
 
-def finetune(model: Model, task: Task, data: dict[str, list[Row]], seed: int, limits: Limits | None = None,
-             store: Path | None = None, kind: str = "real") -> dict[str, float]:  # fmt: skip
+def finetune(
+    model: Model,
+    task: Task,
+    data: dict[str, list[Row]],
+    seed: int,
+    limits: Limits | None = None,
+    store: Path | None = None,
+    origin: str = "real",
+) -> dict[str, float]:
     """Fine-tune one model on one task with one seed, and score it; all scores in percent.
 
-    data: checked rows by split ("train" and the task's own). store: where the outcome is kept, see `remember`.
-    kind: what the data is, "real" or "twins", for the report.
+    data: checked rows by split ("train" and the task's own). store: the file that keeps the outcome, see `remember`.
+    origin: of the data, "real" or "synthetic", for the report.
     """
     limits = limits or Limits()
-    settings = {"model": model.fingerprint, "data": fingerprint(data), "recipe": asdict(task.recipe), "shots": task.shots,
-                "seed": seed, **{k: v for k, v in asdict(limits).items() if k != "micro_batch"}}  # fmt: skip
-    return remember(store, settings, lambda: _run(model, task, data, seed, limits), model=model.name, task=task.name,
-                    data=kind)  # fmt: skip
+    settings = {
+        "model": model.fingerprint,
+        "data": fingerprint(data),
+        "recipe": asdict(task.recipe),
+        "shots": task.shots,
+        "seed": seed,
+        "max_steps": limits.max_steps,
+        "max_train": limits.max_train,
+        "max_eval": limits.max_eval,
+    }
+    about = {"model": model.name, "task": task.name, "data": origin}
+    return remember(store, settings, lambda: _run(model, task, data, seed, limits), **about)
 
 
 def _run(model: Model, task: Task, data: dict[str, list[Row]], seed: int, limits: Limits) -> dict[str, float]:
@@ -64,29 +79,17 @@ def _run(model: Model, task: Task, data: dict[str, list[Row]], seed: int, limits
     train = few_shot(data["train"], task, seed) if task.shots else data["train"]
     train = _cut(train, limits.max_train, seed)
     network = head.network.from_pretrained(model.path, **head.options)
-    micro = min(task.recipe.batch, limits.micro_batch)
-    while task.recipe.batch % micro:
-        micro -= 1
     examples = head.examples(train, training=True)
-    per_epoch = math.ceil(len(examples) / task.recipe.batch)
-    steps = task.recipe.steps or per_epoch * (task.recipe.epochs or 1)
-    steps = min(steps, limits.max_steps or steps)
-    gpu = torch.cuda.is_available()
     result: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         trainer = transformers.Trainer(
             model=network,
-            args=transformers.TrainingArguments(
-                output_dir=scratch, seed=seed, learning_rate=task.recipe.learning_rate, weight_decay=WEIGHT_DECAY,
-                max_steps=steps, warmup_steps=math.ceil(WARMUP * steps), per_device_train_batch_size=micro,
-                gradient_accumulation_steps=task.recipe.batch // micro, per_device_eval_batch_size=limits.micro_batch,
-                bf16=gpu and torch.cuda.is_bf16_supported(), save_strategy="no", logging_strategy="no", report_to="none",
-                remove_unused_columns=False, disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=gpu, label_names=[],
-            ),
-            train_dataset=examples, data_collator=head.collate,
-        )  # fmt: skip
+            args=_arguments(task, len(examples), seed, limits, scratch),
+            train_dataset=examples,
+            data_collator=head.collate,
+        )
         if trainer.args.n_gpu > 1:
-            raise EvalError(f"{trainer.args.n_gpu} GPUs are visible, and a fine-tuning uses one: set CUDA_VISIBLE_DEVICES=0")
+            raise EvalError(f"{trainer.args.n_gpu} GPUs are visible, but fine-tuning uses one: set CUDA_VISIBLE_DEVICES=0")
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         for split in task.splits:
@@ -97,11 +100,42 @@ def _run(model: Model, task: Task, data: dict[str, list[Row]], seed: int, limits
     return result
 
 
+def _arguments(task: Task, examples: int, seed: int, limits: Limits, scratch: str) -> transformers.TrainingArguments:
+    """The Trainer's arguments for this many training examples."""
+    recipe = task.recipe
+    micro_batch = min(recipe.batch, limits.micro_batch)
+    while recipe.batch % micro_batch:
+        micro_batch -= 1
+    steps = recipe.steps or math.ceil(examples / recipe.batch) * (recipe.epochs or 1)
+    steps = min(steps, limits.max_steps or steps)
+    gpu = torch.cuda.is_available()
+    return transformers.TrainingArguments(
+        output_dir=scratch,
+        seed=seed,
+        learning_rate=recipe.learning_rate,
+        weight_decay=WEIGHT_DECAY,
+        max_steps=steps,
+        warmup_steps=math.ceil(WARMUP * steps),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=recipe.batch // micro_batch,
+        per_device_eval_batch_size=limits.micro_batch,
+        bf16=gpu and torch.cuda.is_bf16_supported(),
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=gpu,
+        label_names=[],
+    )
+
+
 def few_shot(rows: list[Row], task: Task, seed: int) -> list[Row]:
     """Sentences with `task.shots` mentions of each entity type, in an order drawn from the seed.
 
-    32-shot here: a sentence is taken while it has a type of which fewer than 32 mentions were taken so far. A type that the
-    data mentions less often gets all it has; since sentences hold several types, frequent ones end a little above 32.
+    With 32 shots, a sentence is chosen if it has a type with fewer than 32 mentions so far. A type
+    that the data mentions less often gets all its mentions; since sentences have several types,
+    frequent ones end slightly above 32.
     """
     from seqeval.metrics.sequence_labeling import get_entities
 
@@ -119,7 +153,7 @@ def few_shot(rows: list[Row], task: Task, seed: int) -> list[Row]:
 
 
 class Head(ABC):
-    """What a kind of task needs: the network, inputs from rows, and scores from outputs."""
+    """One kind of task: its network, the network's inputs from rows, and scores from its outputs."""
 
     network: Any
     options: dict[str, Any]
@@ -129,7 +163,7 @@ class Head(ABC):
         self.options = {}
 
     def examples(self, rows: list[Row], training: bool) -> list[Any]:
-        """What the Trainer iterates over; the collator tokenizes, so nothing is stored twice."""
+        """The Trainer's data set. `collate` tokenizes it, so token ids are not stored."""
         return [{**row, "_training": training} for row in rows]
 
     @abstractmethod
@@ -145,7 +179,7 @@ class Head(ABC):
 
 
 class Classification(Head):
-    """One text or a pair. Of more than two columns, the first is the text and the others follow each other in its pair."""
+    """One text or a pair. With more than two columns, the first is the first text, and the others are joined as the second."""
 
     network = transformers.AutoModelForSequenceClassification
 
@@ -171,7 +205,7 @@ class Classification(Head):
 
 
 class Regression(Classification):
-    """A score for a pair, by mean squared error."""
+    """A score for a pair, trained with mean squared error."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -182,7 +216,7 @@ class Regression(Classification):
 
 
 class MultipleChoice(Head):
-    """A premise with each of two choices: "because" before a cause, "so" before an effect."""
+    """A premise with each of two choices, which start with "because" for a cause and "so" for an effect."""
 
     network = transformers.AutoModelForMultipleChoice
 
@@ -200,7 +234,7 @@ class MultipleChoice(Head):
 
 
 class Tagging(Head):
-    """A tag per word, read at its first piece. Words beyond the length, or without a piece, are predicted as O."""
+    """A tag per word, predicted at its first token. Words beyond the length, or without tokens, are predicted as O."""
 
     network = transformers.AutoModelForTokenClassification
 
@@ -216,7 +250,7 @@ class Tagging(Head):
             number = {name: i for i, name in enumerate(self.names)}
             batch["labels"] = torch.full_like(batch["input_ids"], -100)
             for i, row in enumerate(rows):
-                for word, position in _first_pieces(encoded.word_ids(i)).items():
+                for word, position in _first_tokens(encoded.word_ids(i)).items():
                     batch["labels"][i, position] = number[row[self.task.label][word]]
         return batch
 
@@ -225,29 +259,35 @@ class Tagging(Head):
         for row, best in zip(rows, output.argmax(axis=-1), strict=True):
             encoded = self.tokenizer(row["tokens"], is_split_into_words=True, truncation=True, max_length=self.max_length)
             tags = ["O"] * len(row["tokens"])
-            for word, position in _first_pieces(encoded.word_ids()).items():
+            for word, position in _first_tokens(encoded.word_ids()).items():
                 tags[word] = self.names[best[position]]
             predicted.append(tags)
         return scores.entities([row[self.task.label] for row in rows], predicted)
 
 
 class Spans(Head):
-    """A question and windows of its context. The answer is the best span of all windows; [CLS] stands for no answer."""
+    """A question and windows of its context. The best span of all windows is the answer; [CLS] means no answer."""
 
     network = transformers.AutoModelForQuestionAnswering
 
     def examples(self, rows: list[Row], training: bool) -> list[Any]:
-        """Windows: each has its inputs, and the answer's ends for training, or what an answer is read off with for scoring."""
+        """Windows: the inputs of each, and for training the answer's ends, or for scoring what maps tokens back to text."""
         windows: list[dict[str, Any]] = []
         for index, row in enumerate(rows):
-            # Never more than the context's room: some questions of the real data are long.
+            # Some questions of the real data are long; they must leave room for the context.
             question = " ".join(row["question"].split()[: self.max_length // 4])
-            encoded = self.tokenizer(question, row["context"], truncation="only_second", max_length=self.max_length,
-                                     stride=min(STRIDE, self.max_length // 4), return_overflowing_tokens=True,
-                                     return_offsets_mapping=True)  # fmt: skip
+            encoded = self.tokenizer(
+                question,
+                row["context"],
+                truncation="only_second",
+                max_length=self.max_length,
+                stride=min(STRIDE, self.max_length // 4),
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+            )
             for i, offsets in enumerate(encoded["offset_mapping"]):
                 inside = [part == 1 for part in encoded.sequence_ids(i)]
-                # Arrays: a list of Python numbers would be some gigabytes for the whole of SQuAD.
+                # Arrays, because lists of Python numbers would need gigabytes for all of SQuAD.
                 names = [name for name in self.tokenizer.model_input_names if name in encoded]
                 inputs = {name: np.array(encoded[name][i], dtype=np.int32) for name in names}
                 if training:
@@ -267,23 +307,29 @@ class Spans(Head):
     def score(self, rows: list[Row], output: Any) -> dict[str, float]:
         starts, ends = output[:2]
         best = [(-math.inf, "")] * len(rows)
-        silent = [math.inf] * len(rows)
+        empty = [math.inf] * len(rows)  # score of no answer
         for window, start, end in zip(self.examples(rows, training=False), starts, ends, strict=True):
             row = window["row"]
-            # A window without the answer says so; the row has none when the least sure window says so.
-            silent[row] = min(silent[row], float(start[0] + end[0]))
-            best[row] = max(best[row], _best_span(window, rows[row]["context"], start, end), key=lambda found: found[0])
-        no_answer = [silent[i] - best[i][0] for i in range(len(rows))] if self.task.no_answer else None
+            span = _best_span(window, rows[row]["context"], start, end)
+            if span[0] > best[row][0]:
+                best[row] = span
+            # Most windows of an answerable question lack its answer, so the lowest score over the windows counts.
+            empty[row] = min(empty[row], float(start[0] + end[0]))
+        no_answer = [empty[i] - best[i][0] for i in range(len(rows))] if self.task.no_answer else None
         return scores.squad([row["answers"]["text"] for row in rows], [text for _, text in best], no_answer)
 
 
 HEADS: dict[str, type[Head]] = {
-    "classify": Classification, "regress": Regression, "choose": MultipleChoice, "tag": Tagging, "span": Spans,
-}  # fmt: skip
+    "classify": Classification,
+    "regress": Regression,
+    "choose": MultipleChoice,
+    "tag": Tagging,
+    "span": Spans,
+}
 
 
-def _first_pieces(word_ids: Sequence[int | None]) -> dict[int, int]:
-    """Position of the first piece of each word."""
+def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:
+    """Position of the first token of each word."""
     first: dict[int, int] = {}
     for position, word in enumerate(word_ids):
         if word is not None:
@@ -292,7 +338,7 @@ def _first_pieces(word_ids: Sequence[int | None]) -> dict[int, int]:
 
 
 def _ends(answers: dict[str, list[Any]], offsets: Sequence[tuple[int, int]], inside: Sequence[bool]) -> tuple[int, int]:
-    """First and last token of the first answer; (0, 0), the [CLS], where the window has not all of it."""
+    """First and last token of the first answer; (0, 0), which is [CLS], unless the window contains all of it."""
     if not answers["text"]:
         return 0, 0
     begin = answers["answer_start"][0]
@@ -304,7 +350,7 @@ def _ends(answers: dict[str, list[Any]], offsets: Sequence[tuple[int, int]], ins
 
 
 def _best_span(window: dict[str, Any], context: str, start: np.ndarray, end: np.ndarray) -> tuple[float, str]:
-    """Score and text of the best span of a window that lies in the context, is in order, and is not too long."""
+    """Score and text of a window's best span: inside the context, start before end, at most LONGEST_ANSWER tokens."""
     inside = np.flatnonzero(window["inside"])
     if not len(inside):
         return -math.inf, ""
@@ -317,8 +363,10 @@ def _best_span(window: dict[str, Any], context: str, start: np.ndarray, end: np.
 
 
 def _cut(rows: list[Row], count: int | None, seed: int) -> list[Row]:
-    """At most `count` rows, drawn from the seed; all of them, in order, by default."""
-    return rows if count is None or count >= len(rows) else random.Random(f"cut {seed}").sample(rows, count)
+    """At most `count` rows, a sample drawn from the seed; None: all of them, in order."""
+    if count is None or count >= len(rows):
+        return rows
+    return random.Random(f"cut {seed}").sample(rows, count)
 
 
 def load_data(task: Task, data_dir: Path | None, hub: bool) -> dict[str, list[Row]]:
@@ -327,7 +375,7 @@ def load_data(task: Task, data_dir: Path | None, hub: bool) -> dict[str, list[Ro
 
 
 def with_recipe(task: Task, **changes: Any) -> Task:
-    """The task with other hyper-parameters; setting epochs unsets steps, and the other way round."""
+    """The task with other hyper-parameters. Setting epochs unsets steps, and vice versa."""
     if "epochs" in changes or "steps" in changes:
         changes = {"epochs": None, "steps": None, **changes}
     return replace(task, recipe=replace(task.recipe, **changes))

@@ -1,19 +1,18 @@
-"""A generated language: text to pretrain on, and labelled sentences, from a seed and nothing else.
+"""A generated language: text to pretrain on, and labelled sentences, determined by a seed.
 
     python -m sctd_ds.eval.grammar --documents 20000 --out data/grammar.txt
 
-The words are invented, the syntax is a small piece of English. What there is to learn:
+The words are invented, the syntax is a fragment of English. A model can learn:
 
-- a Zipf lexicon, so that most tokens of a text are few words, as in English;
+- a Zipf lexicon: as in English, few words make up most tokens;
 - agreement: a present verb takes the number of its subject, not that of a nearer noun ("the kelbos near the tamp sorate");
-- tense, which is the same throughout a document; time adverbs name it only now and then;
-- irregular forms: half of the lemmas do not build their plural or past with an ending ("sorate", "mirb");
-- reference: pronouns stand for the document's topic; mood: adjectives of a document lean to one polarity;
-- meaning: verbs come in pairs of synonyms, nouns have kinds, each verb has an effect ("because ..."), and events are restated
-  in the passive.
+- tense, which is constant within a document; only a few time adverbs reveal it;
+- irregular forms: half of the lemmas have no regular plural or past ending ("sorate", "mirb");
+- reference: pronouns refer to the document's topic; sentiment: a document's adjectives tend to one polarity;
+- meaning: verbs have synonyms, nouns have kinds, each verb has an effect ("because ..."), and the passive restates events.
 
-Probe sentences (`Language.probe`) are split by lemma, as SentEval's are: no verb (tense) or noun (number) of the test part
-occurs in the training part, so a bag of words is at chance, and only what pretraining has taught about a word can help.
+Probe sentences (`Language.probe`) are split by lemma, as in SentEval: no verb (tense) or noun (number) of the test split
+occurs in the training split, so a bag of words is at chance, and only a word's representation from pretraining can help.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Noun:
 
 @dataclass(frozen=True)
 class Verb:
-    """A transitive verb. meaning: shared by two synonyms; effect: the meaning of what it brings about."""
+    """A transitive verb. meaning: a number that two synonyms share; effect: the meaning of the verb that it causes."""
 
     plain: str
     third: str
@@ -60,7 +59,9 @@ class Verb:
     effect: int
 
     def form(self, past: bool, plural: bool) -> str:
-        return self.past if past else self.plain if plural else self.third
+        if past:
+            return self.past
+        return self.plain if plural else self.third
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,13 @@ class Phrase:
     adjective: str = ""
 
     def __str__(self) -> str:
-        return f"the {self.adjective} {self.noun.form(self.plural)}" if self.adjective else f"the {self.noun.form(self.plural)}"
+        adjective = f"{self.adjective} " if self.adjective else ""
+        return f"the {adjective}{self.noun.form(self.plural)}"
 
 
 @dataclass(frozen=True)
 class Event:
-    """Somebody does something to somebody, somewhere ("" for nowhere in particular)."""
+    """An agent does something to a patient, in a place ("" for none)."""
 
     agent: Phrase
     verb: Verb
@@ -86,7 +88,7 @@ class Event:
     past: bool
 
     def active(self, verb: Verb | None = None) -> str:
-        """The event in the active voice; verb: a synonym to say it with."""
+        """The event in the active voice. verb: a synonym to use."""
         return f"{self.agent} {(verb or self.verb).form(self.past, self.agent.plural)} {self.patient}{self._where}"
 
     def passive(self, verb: Verb | None = None) -> str:
@@ -98,20 +100,51 @@ class Event:
         return f" in {self.place}" if self.place else ""
 
 
+@dataclass(frozen=True)
+class Topic:
+    """What the sentences of one document share: the noun they are about, its number, tense and polarity."""
+
+    noun: Noun
+    plural: bool
+    past: bool
+    good: bool
+
+    @property
+    def pronoun(self) -> str:
+        if self.plural:
+            return "they"
+        return "she" if self.noun.kind == "person" else "it"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The subject of a sentence. noun: None for a pronoun or a name; attractor: what follows it before the verb."""
+
+    text: str
+    plural: bool
+    noun: Noun | None = None
+    attractor: str = ""
+
+
 def be(past: bool, plural: bool) -> str:
-    return ("were" if plural else "was") if past else ("are" if plural else "is")
+    if past:
+        return "were" if plural else "was"
+    return "are" if plural else "is"
 
 
 def zipf(items: Sequence[T]) -> list[T]:
-    """`items` repeated as the Zipf law says, each at least once: a uniform draw from the list is a Zipf draw."""
+    """`items` repeated in proportion to a Zipf law, each at least once: a uniform draw from the list is a Zipf draw."""
     total = sum(1 / rank for rank in range(1, len(items) + 1))
-    return [item for rank, item in enumerate(items, 1) for _ in range(max(1, round(TABLE / (rank * total))))]
+    repeated: list[T] = []
+    for rank, item in enumerate(items, 1):
+        repeated += [item] * max(1, round(TABLE / (rank * total)))
+    return repeated
 
 
 class Language:
-    """One language of the family. seed: decides every word; two languages of one seed are the same.
+    """A generated language. seed: decides every word, so languages with the same seed are equal.
 
-    nouns, verbs, adjectives, names: how many lemmas; `names` counts each of people, places and organisations.
+    nouns, verbs, adjectives, names: number of lemmas; `names` counts people, places and organisations separately.
     """
 
     def __init__(self, seed: int = 0, *, nouns: int = 240, verbs: int = 160, adjectives: int = 80, names: int = 40) -> None:
@@ -130,7 +163,7 @@ class Language:
         self.verbs = []
         for i in range(2 * meanings):
             plain, past = inflected("ed")
-            # Verb i and its synonym differ in frequency: they stand half the lexicon apart.
+            # Verb i and its synonym are half the lexicon apart, so they differ in frequency.
             self.verbs.append(Verb(plain, plain + "s", past, i % meanings, effects[i % meanings]))
         self.good = [word() for _ in range(adjectives // 2)]
         self.bad = [word() for _ in range(adjectives // 2)]
@@ -148,12 +181,14 @@ class Language:
         return self.verbs[meaning + (len(self.verbs) // 2 if draw() < 0.3 else 0)]
 
     def phrase(self, draw: Random, *, good: bool | None = None, adjective: float = 0.2) -> Phrase:
-        """A noun phrase; good: polarity of its adjective (None: either), adjective: how often it has one."""
-        said = pick(self._adjectives[draw() < 0.5 if good is None else good], draw) if draw() < adjective else ""
-        return Phrase(pick(self._nouns, draw), draw() < 0.5, said)
+        """A noun phrase. good: polarity of its adjective (None: either); adjective: the probability that it has one."""
+        word = ""
+        if draw() < adjective:
+            word = self.adjective(draw, draw() < 0.5 if good is None else good)
+        return Phrase(pick(self._nouns, draw), draw() < 0.5, word)
 
     def event(self, draw: Random, *, past: bool | None = None, place: float = 0.3, adjective: float = 0.2) -> Event:
-        """An event whose agent and patient are of different lemmas."""
+        """An event whose agent and patient have different nouns."""
         agent = patient = self.phrase(draw, adjective=adjective)
         while patient.noun is agent.noun:
             patient = self.phrase(draw, adjective=adjective)
@@ -173,86 +208,108 @@ class Language:
         return pick(self._adjectives[good], draw)
 
     def documents(self, count: int, seed: int = 0) -> Iterator[str]:
-        """`count` documents of 3 to 8 sentences, one line each. seed: of the text; the words are the language's own."""
+        """`count` documents of 3 to 8 sentences, one line each. seed: of the text, not of the words."""
         draw = random.Random(f"sctd_ds text {seed}").random
         for _ in range(count):
             yield self._document(draw)
 
     def _document(self, draw: Random) -> str:
-        past, good, many = draw() < 0.5, draw() < 0.5, draw() < 0.5
-        topic = pick(self._nouns, draw)
-        pronoun = "they" if many else "she" if topic.kind == "person" else "it"
-        nouns, verbs, adverbs = self._nouns, self._verbs, PAST_ADVERBS if past else PRESENT_ADVERBS
+        past, good, plural = draw() < 0.5, draw() < 0.5, draw() < 0.5
+        topic = Topic(pick(self._nouns, draw), plural, past, good)
         sentences = []
         for i in range(3 + int(draw() * 6)):
-            kind = draw()
-            if kind < 0.08:
-                event = self.event(draw, past=past)
-                again = event.passive(self.synonym(event.verb) if draw() < 0.5 else None)
-                sentences.append(f"{event.active()} . {again} .")
-                continue
-            if kind < 0.16:
-                event = self.event(draw, past=past, place=0.0)
-                effect = self.verb_of(event.verb.effect, draw)
-                sentences.append(f"{event.patient} {effect.form(past, event.patient.plural)} because {event.active()} .")
-                continue
-            # The subject: the topic or its pronoun, another noun, or a name.
-            about = draw()
-            plural, attractor = many, ""
-            if i and about < 0.35:
-                subject = pronoun
-            elif about < 0.88:
-                noun = topic
-                if i and about > 0.6:
-                    noun, plural = pick(nouns, draw), draw() < 0.5
-                said = f"{pick(self._adjectives[good if draw() < 0.9 else not good], draw)} " if draw() < 0.2 else ""
-                subject = f"the {said}{noun.form(plural)}"
-                if draw() < 0.35:
-                    attractor = f" {pick(PLACES, draw)} the {pick(nouns, draw).form(draw() < 0.5)}"
+            form = draw()
+            if form < 0.08:
+                sentences.append(self._restatement(draw, past))
+            elif form < 0.16:
+                sentences.append(self._explanation(draw, past))
             else:
-                subject, plural = pick(self._people, draw), False
-                if draw() < 0.3:
-                    attractor = f" of {pick(self._groups, draw)}"
-            if kind < 0.3:
-                negated = draw() < 0.2
-                said = pick(self._adjectives[good != negated], draw)
-                rest = f"{be(past, plural)} {'not ' if negated else ''}{said}"
-            elif kind < 0.36 and subject[:4] == "the ":
-                rest = f"{be(past, plural)} {'' if plural else 'a '}{noun.kind}{'s' if plural else ''}"
-            else:
-                rest = pick(verbs, draw).form(past, plural)
-                if draw() < 0.7:
-                    rest = f"{rest} the {pick(nouns, draw).form(draw() < 0.5)}"
-                if draw() < 0.12:
-                    rest = f"{rest} in {pick(self._places, draw)}"
-            if draw() < 0.12:
-                rest = f"{rest} {pick(adverbs, draw)}"
-            sentences.append(f"{subject}{attractor} {rest} .")
+                subject = self._subject(draw, topic, first=i == 0)
+                predicate = self._predicate(draw, topic, subject, form)
+                sentences.append(f"{subject.text}{subject.attractor} {predicate} .")
         return " ".join(sentences)
 
-    def probe(self, name: Literal["tense", "number"], count: int, split: Split, seed: int = 0) -> list[tuple[str, str]]:
-        """`count` labelled sentences (label, sentence), half of each label, from the lemmas of one split.
+    def _restatement(self, draw: Random, past: bool) -> str:
+        """An event, and the same in the passive voice."""
+        event = self.event(draw, past=past)
+        synonym = self.synonym(event.verb) if draw() < 0.5 else None
+        return f"{event.active()} . {event.passive(synonym)} ."
 
-        "tense": PAST or PRES, of the only verb, with no adverb. "number": NN or NNS, of the subject, beside an attractor of
-        random number; its verb is in the past, so that agreement does not tell.
+    def _explanation(self, draw: Random, past: bool) -> str:
+        """The effect of an event, because of the event."""
+        event = self.event(draw, past=past, place=0.0)
+        effect = self.verb_of(event.verb.effect, draw)
+        return f"{event.patient} {effect.form(past, event.patient.plural)} because {event.active()} ."
+
+    def _subject(self, draw: Random, topic: Topic, first: bool) -> Subject:
+        """The topic or its pronoun, another noun, or a name. first: of the document's first sentence, the topic or a name."""
+        about = draw()
+        if about < 0.35 and not first:
+            return Subject(topic.pronoun, topic.plural)
+        if about >= 0.88:
+            name = pick(self._people, draw)
+            attractor = f" of {pick(self._groups, draw)}" if draw() < 0.3 else ""
+            return Subject(name, False, attractor=attractor)
+        noun, plural = topic.noun, topic.plural
+        if about > 0.6 and not first:
+            noun, plural = pick(self._nouns, draw), draw() < 0.5
+        adjective = ""
+        if draw() < 0.2:
+            adjective = self.adjective(draw, topic.good if draw() < 0.9 else not topic.good) + " "
+        attractor = ""
+        if draw() < 0.35:
+            attractor = f" {pick(PLACES, draw)} the {pick(self._nouns, draw).form(draw() < 0.5)}"
+        return Subject(f"the {adjective}{noun.form(plural)}", plural, noun, attractor)
+
+    def _predicate(self, draw: Random, topic: Topic, subject: Subject, form: float) -> str:
+        """An adjective, the kind of the subject's noun, or a verb with perhaps an object; perhaps an adverb of time."""
+        past, plural = topic.past, subject.plural
+        if form < 0.3:
+            negated = draw() < 0.2
+            adjective = self.adjective(draw, topic.good != negated)
+            text = f"{be(past, plural)} {'not ' if negated else ''}{adjective}"
+        elif form < 0.36 and subject.noun is not None:
+            kind = f"{subject.noun.kind}s" if plural else f"a {subject.noun.kind}"
+            text = f"{be(past, plural)} {kind}"
+        else:
+            text = pick(self._verbs, draw).form(past, plural)
+            if draw() < 0.7:
+                text += f" the {pick(self._nouns, draw).form(draw() < 0.5)}"
+            if draw() < 0.12:
+                text += f" in {self.place(draw)}"
+        if draw() < 0.12:
+            text += f" {pick(PAST_ADVERBS if past else PRESENT_ADVERBS, draw)}"
+        return text
+
+    def probe(self, name: Literal["tense", "number"], count: int, split: Split, seed: int = 0) -> list[tuple[str, str]]:
+        """`count` labelled sentences (label, sentence), half with each label, from the lemmas of one split.
+
+        "tense": PAST or PRES, of the only verb, without an adverb. "number": NN or NNS, of the subject, with
+        an attractor of random number; the verb is in the past, so agreement does not reveal the number.
         """
         if name not in ("tense", "number") or split not in SPLITS:
             raise ValueError(f'probe "{name}", split "{split}": expected tense or number, and one of {", ".join(SPLITS)}')
         draw = random.Random(f"sctd_ds probe {name} {split} {seed}").random
-        # The split under test is uniform over its lemmas: a Zipf draw would judge a handful of words.
-        nouns = [n for i, n in enumerate(self.nouns) if name == "tense" or _split_of(i) == split]
-        verbs = [v for i, v in enumerate(self.verbs) if name == "number" or _split_of(i % (len(self.verbs) // 2)) == split]
+        # Draws are uniform over the lemmas of the split: Zipf draws would test only a few words.
+        half = len(self.verbs) // 2
+        nouns = [noun for i, noun in enumerate(self.nouns) if name == "tense" or _split_of(i) == split]
+        verbs = [verb for i, verb in enumerate(self.verbs) if name == "number" or _split_of(i % half) == split]
         examples = []
         for i in range(count):
-            marked = i % 2 == 0
-            plural, past = (draw() < 0.5, marked) if name == "tense" else (marked, True)
+            if name == "tense":
+                past = i % 2 == 0
+                plural = draw() < 0.5
+                label = "PAST" if past else "PRES"
+            else:
+                past, plural = True, i % 2 == 0
+                label = "NNS" if plural else "NN"
             subject, attractor, thing = (pick(nouns, draw) for _ in range(3))
             verb = pick(verbs, draw)
             sentence = (
                 f"the {subject.form(plural)} {pick(PLACES, draw)} the {attractor.form(draw() < 0.5)} "
                 f"{verb.form(past, plural)} the {thing.form(draw() < 0.5)} ."
             )
-            examples.append((("PAST" if past else "PRES") if name == "tense" else ("NNS" if plural else "NN"), sentence))
+            examples.append((label, sentence))
         return examples
 
 
@@ -261,35 +318,34 @@ def pick(items: Sequence[T], draw: Random) -> T:
 
 
 def _split_of(lemma: int) -> Split:
-    """Three fifths of the lemmas are for training, one each for validation and test; all ranks of frequency are in all."""
+    """Three fifths of the lemmas are for training, one fifth each for validation and test, at all frequencies."""
     return SPLITS[max(0, lemma % 5 - 2)]
 
 
 def _words(generator: random.Random) -> Callable[[], str]:
-    """Pronounceable words, each given out once, none ending like an inflected form or equal to a function word."""
+    """A generator of distinct pronounceable words, no inflected form of another and no function word."""
     seen = set("the near behind beside with once long ago now today these days they she it".split())
-    onsets, vowels, codas = (
-        "b br d dr f g gl k kl l m n p pl r s sk t tr v z".split(),
-        "aeiou",
-        ["", "b", "k", "l", "m", "n", "p", "r", "t"],
-    )
+    onsets = "b br d dr f g gl k kl l m n p pl r s sk t tr v z".split()
+    vowels = "aeiou"
+    codas = ["", "b", "k", "l", "m", "n", "p", "r", "t"]
 
     def word() -> str:
         while True:
-            parts = [generator.choice(onsets) + generator.choice(vowels) + generator.choice(codas)
-                     for _ in range(generator.choice((1, 2, 2, 2, 3)))]  # fmt: skip
-            made = "".join(parts)
-            if len(made) > 3 and made not in seen and made + "s" not in seen and made + "ed" not in seen:
-                seen.update((made, made + "s", made + "ed"))
-                return made
+            new = ""
+            for _ in range(generator.choice((1, 2, 2, 2, 3))):
+                new += generator.choice(onsets) + generator.choice(vowels) + generator.choice(codas)
+            forms = {new, new + "s", new + "ed"}
+            if len(new) > 3 and not forms & seen:
+                seen.update(forms)
+                return new
 
     return word
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write a corpus, documents apart by blank lines: what `python -m sctd_ds.data build` reads."""
+    """Write a text file with blank lines between documents, for `python -m sctd_ds.data build`."""
     parser = argparse.ArgumentParser(prog="python -m sctd_ds.eval.grammar", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--documents", type=int, default=20_000, help="how many (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=20_000, help="number of documents (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the text (default: %(default)s)")
     parser.add_argument("--language", type=int, default=0, help="seed of the words (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the text file to write")

@@ -1,4 +1,4 @@
-"""Results in the shapes of the paper's tables and figures: Markdown, CSV and PNG. A cell that was not measured stays empty."""
+"""Results in the form of the paper's tables and figures: Markdown, CSV and PNG. Missing measurements are empty cells."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import csv
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sctd_ds.eval import scores
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 
 Cell = str | float | None
 Scores = Mapping[str, Any]
-"""What `analysis` found of one model."""
+"""The result of `analysis.probe` or `analysis.drift` for one model."""
 
-# The paper's figures (dev scores, mean of 5 seeds; BERT-base and -large, 250K steps), in the order of our columns.
+# The paper's scores (dev, mean of 5 seeds; BERT-base and -large, 250K steps), in the order of the columns below.
 PAPER_GLUE = {
     "Baseline, large": (61.3, 90.0, 92.7, 90.2, 89.9, 83.8, 86.3, 86.1, 93.5, 84.37),
     "token drop, large": (64.3, 88.0, 91.4, 89.7, 89.5, 80.1, 86.8, 86.3, 94.0, 84.04),
@@ -33,13 +33,13 @@ PAPER_QUESTIONS = {
     "token drop, base": (73.0, 83.9, 67.7, 64.0, 81.67, 72.68),
     "ScTD, base": (73.8, 87.5, 68.9, 68.0, 82.47, 72.79),
 }
-PAPER_SEMANTIC = {  # ScTD's row is the paper's token drop row with the gains of its Table 6
+PAPER_SEMANTIC = {  # ScTD's row is the paper's token drop row plus the gains in its Table 6
     "Baseline, base": (30.16, 54.48, 86.80, 69.08, 60.13),
     "token drop, base": (27.49, 53.73, 85.50, 66.16, 58.22),
     "ScTD, base": (29.53, 56.32, 86.80, 68.54, 60.30),
 }
 
-# Tables of fine-tuned scores: title, columns as (task, metric), whether an average closes the row, the paper's rows.
+# Tables of fine-tuned scores: title, columns as (task, metric), whether rows end with an average, the paper's rows.
 _SEMANTIC = [("ontonotes", "f1"), ("conll03", "f1"), ("mrpc", "accuracy"), ("sick", "spearman")]
 _GLUE = [(task, metric) for task in SUITES["glue"] for metric in TASKS[task].metrics]
 _QUESTIONS = [(task, TASKS[task].metrics[0]) for task in (*SUITES["superglue"], *SUITES["squad"])]
@@ -56,40 +56,19 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def write(folder: Path, models: Sequence[str], recorded: Mapping[str, list[dict[str, Any]]] | None = None) -> str:
-    """Write report.md, results.csv and the figures of everything measured for `models`, in this order; returns the Markdown.
+    """Write report.md, results.csv and the figures of all outcomes of `models`, in this order; returns the Markdown.
 
-    recorded: what the models' runs wrote to metrics.jsonl, by model.
+    recorded: the records in the metrics.jsonl of the models' runs, by model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     records = sorted((r for r in read(folder) if r["model"] in models), key=lambda r: models.index(r["model"]))
-    tuned = [record for record in records if record["task"] in TASKS]
-    synthetic = any(record.get("data") == "twins" for record in records)
-    parts = ["# Evaluation", *_remarks(tuned)]
-    if synthetic:
-        parts.append("**The data are synthetic twins, not the data sets they are named after**: the paper's rows are left out.")
-    for title, (columns, averaged, paper) in TABLES.items():
-        if any(record["task"] == task for record in tuned for task, _ in columns):
-            parts += [f"## {title}", table(*score_table(tuned, models, columns, averaged, {} if synthetic else paper))]
+    parts = ["# Evaluation", *_fine_tuning_parts(records, models)]
     for task in PROBES:
-        if found := {r["model"]: r["scores"] for r in records if r["task"] == f"probe-{task}"}:
-            parts += [f"## Probing: {task} (Figures 4 and 8)", tables_used(found)]
-            parts += [table(*probe_table(found)), f"![]({task}.png)"]
-            _plot_probe(found, task, folder / f"{task}.png")
-    drifted = [record for record in records if record["task"] == "drift"]
-    if found := {r["model"]: r["scores"] for r in drifted if r["step"] is None}:
-        parts += ["## Semantic drift (Figure 3)", tables_used(found), table(*drift_table(found)), "![](drift.png)"]
-        _plot_drift(found, folder / "drift.png")
-    history: dict[str, dict[int, Scores]] = {}
-    for record in sorted((r for r in drifted if r["step"] is not None), key=lambda r: r["step"]):
-        history.setdefault(record["model"], {})[record["step"]] = record["scores"]
-    if history:
-        told = tables_used({model: next(iter(steps.values())) for model, steps in history.items()})
-        parts += ["## Semantic drift at the checkpoints of the runs", told, table(*history_table(history))]
-        parts.append("![](drift_steps.png)")
-        _plot_history(history, folder / "drift_steps.png")
+        parts += _probe_parts(records, task, folder)
+    parts += _drift_parts(records, folder)
     validations = {model: [r for r in lines if r["event"] == "validation"] for model, lines in (recorded or {}).items()}
     if any(validations.values()):
-        parts += ["## As the runs recorded it", "![](curves.png)"]
+        parts += ["## Recorded by the runs", "![](curves.png)"]
         _plot_curves(validations, folder / "curves.png")
     text = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -97,27 +76,69 @@ def write(folder: Path, models: Sequence[str], recorded: Mapping[str, list[dict[
     return text
 
 
+def _fine_tuning_parts(records: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[str]:
+    """Remarks on how the scores were obtained, and the tables of fine-tuned scores."""
+    tuned = [record for record in records if record["task"] in TASKS]
+    synthetic = any(record.get("data", "real") != "real" for record in records)
+    parts = _remarks(tuned)
+    if synthetic:
+        parts.append("**The data are synthetic tasks, not the data sets they are named after**: the paper's rows are omitted.")
+    for title, (columns, averaged, paper) in TABLES.items():
+        if any(record["task"] == task for record in tuned for task, _ in columns):
+            parts += [f"## {title}", table(*score_table(tuned, models, columns, averaged, {} if synthetic else paper))]
+    return parts
+
+
+def _probe_parts(records: Sequence[Mapping[str, Any]], task: str, folder: Path) -> list[str]:
+    found = {record["model"]: record["scores"] for record in records if record["task"] == f"probe-{task}"}
+    if not found:
+        return []
+    _plot_probe(found, task, folder / f"{task}.png")
+    title = f"## Probing: {task} (Figures 4 and 8)"
+    return [title, tables_used(found), table(*probe_table(found)), f"![]({task}.png)"]
+
+
+def _drift_parts(records: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
+    """Drift of the finished models, and at the checkpoints of their runs."""
+    parts = []
+    drifted = [record for record in records if record["task"] == "drift"]
+    finished = {record["model"]: record["scores"] for record in drifted if record["step"] is None}
+    if finished:
+        _plot_drift(finished, folder / "drift.png")
+        parts += ["## Semantic drift (Figure 3)", tables_used(finished), table(*drift_table(finished)), "![](drift.png)"]
+    history: dict[str, dict[int, Scores]] = {}
+    for record in sorted((r for r in drifted if r["step"] is not None), key=lambda r: r["step"]):
+        history.setdefault(record["model"], {})[record["step"]] = record["scores"]
+    if history:
+        _plot_history(history, folder / "drift_steps.png")
+        used = tables_used({model: next(iter(steps.values())) for model, steps in history.items()})
+        parts += ["## Semantic drift at the checkpoints of the runs", used, table(*history_table(history))]
+        parts.append("![](drift_steps.png)")
+    return parts
+
+
 def _write_csv(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A line per number; those of a list are numbered by layer."""
+    """One line per number; the numbers of a list are numbered by layer."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["model", "step", "task", "metric", "layer", "seed", "value", "device", "torch", "transformers"])
         for r in records:
+            before, seed = [r["model"], r.get("step"), r["task"]], r["settings"].get("seed")
+            measured_on = [r["device"], r["torch"], r["transformers"]]
             for metric, value in r["scores"].items():
                 if metric == "about":
                     continue
                 for layer, x in enumerate(value, 1) if isinstance(value, list) else [("", value)]:
-                    writer.writerow([r["model"], r.get("step"), r["task"], metric, layer, r["settings"].get("seed"), x,
-                                     r["device"], r["torch"], r["transformers"]])  # fmt: skip
+                    writer.writerow([*before, metric, layer, seed, x, *measured_on])
 
 
 def by_seed(records: Sequence[Mapping[str, Any]], model: str, task: str, metric: str) -> dict[int, float]:
-    """Values of one metric by seed."""
+    """A model's values of one metric, by seed."""
     return {r["settings"]["seed"]: r["scores"][metric] for r in records if r["model"] == model and r["task"] == task}
 
 
 def mean_of(values: Sequence[float], digits: int = 2) -> str | None:
-    """Mean and, with two values or more, their standard deviation."""
+    """Mean and, for two values or more, the standard deviation."""
     if not values:
         return None
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -125,7 +146,7 @@ def mean_of(values: Sequence[float], digits: int = 2) -> str | None:
 
 
 def paired_p(one: Mapping[Any, float], other: Mapping[Any, float]) -> float | None:
-    """p of a two-sided paired t-test over the seeds both have; None with fewer than two, or when no pair differs."""
+    """p of a two-sided paired t-test over the shared seeds; None for fewer than two, or if all pairs are equal."""
     from scipy.stats import ttest_rel
 
     shared = sorted(set(one) & set(other))
@@ -135,25 +156,30 @@ def paired_p(one: Mapping[Any, float], other: Mapping[Any, float]) -> float | No
 
 
 def averages(records: Sequence[Mapping[str, Any]], model: str, columns: Sequence[tuple[str, str]]) -> dict[int, float]:
-    """By seed, the mean over tasks of the mean of each task's metrics; seeds without every column are left out."""
+    """By seed, the mean over tasks of the mean of each task's metrics, for seeds that have all columns."""
     metrics: dict[str, list[str]] = {}
     for task, metric in columns:
         metrics.setdefault(task, []).append(metric)
     seeds = [set(by_seed(records, model, task, metric)) for task, metric in columns]
     result = {}
     for seed in sorted(set.intersection(*seeds)):
-        values = {task: {m: by_seed(records, model, task, m)[seed] for m in names} for task, names in metrics.items()}
-        mean = scores.average(values, metrics)
-        assert mean is not None
-        result[seed] = mean
+        means = []
+        for task, names in metrics.items():
+            means.append(statistics.fmean(by_seed(records, model, task, name)[seed] for name in names))
+        result[seed] = statistics.fmean(means)
     return result
 
 
-def score_table(records: Sequence[Mapping[str, Any]], models: Sequence[str], columns: Sequence[tuple[str, str]],
-                averaged: bool, paper: Mapping[str, Sequence[float]]) -> tuple[list[str], list[list[Cell]]]:  # fmt: skip
-    """Header and rows: mean ± standard deviation over seeds, the paper's rows below ours.
+def score_table(
+    records: Sequence[Mapping[str, Any]],
+    models: Sequence[str],
+    columns: Sequence[tuple[str, str]],
+    averaged: bool,
+    paper: Mapping[str, Sequence[float]],
+) -> tuple[list[str], list[list[Cell]]]:
+    """Header and rows: mean ± standard deviation over seeds, then the paper's rows.
 
-    p: of a paired test of the averages against the first model's.
+    Column p: a paired test of the averages against the first model's.
     """
     header = ["model", *(f"{TASKS[task].title} {metric.replace('_', ' ')}" for task, metric in columns)]
     if averaged:
@@ -173,7 +199,7 @@ def score_table(records: Sequence[Mapping[str, Any]], models: Sequence[str], col
 
 
 def probe_table(found: Mapping[str, Scores]) -> tuple[list[str], list[list[Cell]]]:
-    """A row per model, pass and pooling: the accuracy at each layer; and one for the bag of words."""
+    """A row per model, pass and pooling with the accuracy at each layer; and a row for the bag of words."""
     rows: list[list[Cell]] = []
     for model, values in found.items():
         for key in ("full_cls", "dropped_cls", "full_mean", "dropped_mean"):
@@ -188,7 +214,7 @@ TEXTS = {"masked": "text: masked", "masked_and_dropped": "text: masked and dropp
 
 
 def drift_table(found: Mapping[str, Scores]) -> tuple[list[str], list[list[Cell]]]:
-    """A row per model: cosines of the texts' embeddings, where an encoder was given, and of the last two layers."""
+    """A row per model: cosines of the texts' embeddings, if a sentence encoder was given, and of the last two layers."""
     header = ["model", *TEXTS.values(), "[CLS], layer l-1", "[CLS], layer l", "mean, layer l-1", "mean, layer l"]
     return header, [
         [model, *_cosines([*map(values.get, TEXTS), *values["layer_cls"][-2:], *values["layer_mean"][-2:]])]
@@ -197,7 +223,7 @@ def drift_table(found: Mapping[str, Scores]) -> tuple[list[str], list[list[Cell]
 
 
 def history_table(history: Mapping[str, Mapping[int, Scores]]) -> tuple[list[str], list[list[Cell]]]:
-    """A row per checkpoint: cosines of the texts' embeddings, where an encoder was given, and of [CLS] after each layer."""
+    """A row per checkpoint: cosines of the texts' embeddings, if an encoder was given, and of [CLS] after each layer."""
     rows: list[list[Cell]] = [
         [model, str(step), *_cosines([*map(values.get, TEXTS), *values["layer_cls"]])]
         for model, steps in history.items()
@@ -212,15 +238,15 @@ def _cosines(values: Sequence[float | None]) -> list[Cell]:
 
 
 def tables_used(found: Mapping[str, Scores]) -> str:
-    """A sentence: by which importance table each model dropped which share of its tokens."""
+    """A sentence with each model's drop ratio and importance table."""
     source = {"learned": "the table of its own run", "estimated": "a table estimated from its losses on this text"}
     about = {model: values["about"] for model, values in found.items()}
-    said = [f"{model} {a['drop_ratio']:.0%} by {source[a['importance']]}" for model, a in about.items()]
-    return f"Tokens dropped: {'; '.join(said)}."
+    parts = [f"{model} {a['drop_ratio']:.0%} by {source[a['importance']]}" for model, a in about.items()]
+    return f"Tokens dropped: {'; '.join(parts)}."
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A Markdown table; rows may be short, and None is an empty cell."""
+    """A Markdown table. Short rows are filled up, and None is an empty cell."""
     lines = [list(header), ["---"] * len(header)]
     lines += [["" if cell is None else str(cell) for cell in row] + [""] * (len(header) - len(row)) for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -230,12 +256,10 @@ def _remarks(tuned: Sequence[Mapping[str, Any]]) -> list[str]:
     seeds = sorted({record["settings"]["seed"] for record in tuned})
     lines = [f"Fine-tuned scores in percent, mean ± standard deviation over {len(seeds)} seed(s)."] if tuned else []
     for name in ("max_steps", "max_train", "max_eval"):
-        cut = sorted({record["settings"][name] for record in tuned if record["settings"][name] is not None})
-        if cut:
-            lines.append(f"**A trial: {name.replace('_', ' ')} {', '.join(map(str, cut))}.** Not comparable with the paper.")
-    changed = sorted(
-        {r["task"] for r in tuned if any(r["settings"]["recipe"][k] != v for k, v in vars(TASKS[r["task"]].recipe).items())}
-    )
+        limits = sorted({record["settings"][name] for record in tuned if record["settings"][name] is not None})
+        if limits:
+            lines.append(f"**A trial: {name.replace('_', ' ')} {', '.join(map(str, limits))}.** Not comparable with the paper.")
+    changed = sorted({r["task"] for r in tuned if r["settings"]["recipe"] != asdict(TASKS[r["task"]].recipe)})
     if changed:
         lines.append(f"Hyper-parameters other than the recipe's: {', '.join(TASKS[name].title for name in changed)}.")
     return lines
@@ -251,8 +275,11 @@ def _plot_probe(found: Mapping[str, Scores], task: str, path: Path) -> None:
         first, last = any_model["about"]["dropped_layers"]
         axis.axhline(any_model["bag_of_words"], color="k", lw=0.8, ls=":", label="bag of words")
         axis.axvspan(first - 0.5, last + 0.5, color="0.9", zorder=0)
-        axis.set(title=f"{task}, {'[CLS]' if pooling == 'cls' else 'mean'}", xlabel="layer (grey: without dropped tokens)",
-                 ylabel="probe accuracy (%)")  # fmt: skip
+        axis.set(
+            title=f"{task}, {'[CLS]' if pooling == 'cls' else 'mean'}",
+            xlabel="layer (grey: without dropped tokens)",
+            ylabel="probe accuracy (%)",
+        )
     _save(figure, path)
 
 
@@ -266,8 +293,8 @@ def _plot_drift(found: Mapping[str, Scores], path: Path) -> None:
 
 
 def _plot_history(history: Mapping[str, Mapping[int, Scores]], path: Path) -> None:
-    """Over the steps: the cosine of the passes' [CLS], a panel per model and a line for each layer in which they differ; then,
-    where a sentence encoder was given, Figure 3's curves.
+    """Over steps: a panel per model with the cosine between the passes' [CLS] states, a line for
+    each layer in which they differ; then the curves of Figure 3, if a sentence encoder was given.
     """
     texts = any(key in values for steps in history.values() for values in steps.values() for key in TEXTS)
     figure, axes = _figure(len(history) + texts)
@@ -276,16 +303,17 @@ def _plot_history(history: Mapping[str, Mapping[int, Scores]], path: Path) -> No
         for i in range(first, last + 1):
             _line(axis, ((step, values["layer_cls"][i]) for step, values in steps.items()), label=f"layer {i + 1}")
         axis.set(title=f"Full against dropped pass, [CLS]: {model}", xlabel="step", ylabel="cosine")
-        for key, style in zip(TEXTS, ("--", "-"), strict=True) if texts else ():
-            points = [(step, values[key]) for step, values in steps.items() if key in values]
-            _line(axes[-1], points, style, color=f"C{color}", label=f"{model}, {key.replace('_', ' ')}")
+        if texts:
+            for key, style in (("masked", "--"), ("masked_and_dropped", "-")):
+                points = [(step, values[key]) for step, values in steps.items() if key in values]
+                _line(axes[-1], points, style, color=f"C{color}", label=f"{model}, {key.replace('_', ' ')}")
     if texts:
         axes[-1].set(title="Sentence embeddings, original against corrupted text", xlabel="step", ylabel="cosine")
     _save(figure, path)
 
 
 def _plot_curves(validations: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """Validation loss, and the cosine between the passes' [CLS] states, over the steps, as the runs recorded them."""
+    """The runs' validation loss, and cosine between the passes' [CLS] states, over steps."""
     figure, axes = _figure(2)
     for axis, key in zip(axes, ("loss_full", "cosine_previous"), strict=True):
         for model, records in validations.items():

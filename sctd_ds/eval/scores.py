@@ -1,17 +1,14 @@
-"""Metrics, in percent. Everything that a package computes comes from that package; the SQuAD scorer is written out."""
+"""Metrics, in percent: those of scikit-learn, scipy and seqeval, and the SQuAD scorer, which is defined here."""
 
 from __future__ import annotations
 
 import collections
-import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-from sctd_ds.eval.tasks import SUITES, TASKS
 
 
 def classification(gold: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
@@ -28,7 +25,7 @@ def classification(gold: Sequence[int], predicted: Sequence[int]) -> dict[str, f
 
 
 def correlation(gold: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
-    """pearson and spearman. A constant prediction is related to nothing: 0."""
+    """pearson and spearman; both 0 for a constant prediction."""
     from scipy.stats import pearsonr, spearmanr
 
     _same_length(gold, predicted)
@@ -38,9 +35,9 @@ def correlation(gold: Sequence[float], predicted: Sequence[float]) -> dict[str, 
 
 
 def multirc(questions: Sequence[Any], gold: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
-    """f1: over all answers; exact_match: share of the questions whose every answer is right.
+    """f1 and accuracy over all answers; exact_match: share of the questions whose answers are all right.
 
-    questions: which question each answer belongs to.
+    questions: the question of each answer.
     """
     right: dict[Any, bool] = {}
     for question, truth, guess in zip(questions, gold, predicted, strict=True):
@@ -50,7 +47,7 @@ def multirc(questions: Sequence[Any], gold: Sequence[int], predicted: Sequence[i
 
 
 def entities(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """precision, recall and f1 of whole entities (type and both ends), as conlleval counts; tags as B-X, I-X, O."""
+    """precision, recall and f1 of whole entities (type and both ends), as in conlleval; tags are B-X, I-X and O."""
     from seqeval.metrics import f1_score, precision_score, recall_score
 
     gold, predicted = [list(row) for row in gold], [list(row) for row in predicted]
@@ -65,32 +62,32 @@ def entities(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) 
 def squad(
     gold: Sequence[Sequence[str]], predicted: Sequence[str], no_answer: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """Exact match and token F1 against the best of each question's answers; a question without answers wants "".
+    """Exact match and token F1 against the best of each question's answers; without answers, "" is right.
 
-    no_answer: for v2, how much each question speaks for no answer (0: undecided). Then a question whose value is above 0
-    is answered by "", and best_exact_match and best_f1 are those of the most favourable threshold, which is chosen on the same
-    data, as the official script does.
+    no_answer: for v2, the evidence that each question has no answer (0: undecided). A question above 0 is predicted to have
+    none. best_exact_match and best_f1 are those of the best threshold on the same data, as in the official script.
     """
     _same_length(gold, predicted)
-    answered = np.array([[_exact(answers, guess), _f1(answers, guess)] for answers, guess in zip(gold, predicted, strict=True)])
+    pairs = zip(gold, predicted, strict=True)
+    answered = np.array([[_exact(answers, guess), _f1(answers, guess)] for answers, guess in pairs])
     if no_answer is None:
         exact, f1 = 100 * answered.mean(axis=0)
         return {"exact_match": float(exact), "f1": float(f1)}
     _same_length(gold, no_answer)
-    silent = np.array([[not answers] * 2 for answers in gold], dtype=float)
+    unanswered = np.array([[not answers] * 2 for answers in gold], dtype=float)
     margin = np.asarray(no_answer, dtype=float)
-    exact, f1 = 100 * np.where((margin > 0)[:, None], silent, answered).mean(axis=0)
-    # Thresholds between all neighbours: the i questions of the lowest margin are answered, the others are not.
+    exact, f1 = 100 * np.where((margin > 0)[:, None], unanswered, answered).mean(axis=0)
+    # A threshold answers the i questions of lowest margin; gains[i - 1] is what that adds to answering none.
     order = np.argsort(margin, kind="stable")
-    gains = np.cumsum((answered - silent)[order], axis=0)
-    # Questions of one margin fall on one side.
+    gains = np.cumsum((answered - unanswered)[order], axis=0)
+    # No threshold separates questions of equal margin.
     possible = np.append(margin[order][1:] > margin[order][:-1], True)
-    best = 100 * (silent.sum(axis=0) + np.maximum(gains[possible].max(axis=0), 0)) / len(margin)
+    best = 100 * (unanswered.sum(axis=0) + np.maximum(gains[possible].max(axis=0), 0)) / len(margin)
     return {"exact_match": float(exact), "f1": float(f1), "best_exact_match": float(best[0]), "best_f1": float(best[1])}
 
 
 def normalize(answer: str) -> str:
-    """SQuAD's form for comparisons: lower case, without punctuation, articles and extra spaces."""
+    """SQuAD's normal form: lower case, without punctuation, articles and extra spaces."""
     answer = "".join(c for c in answer.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
 
@@ -101,30 +98,15 @@ def _exact(answers: Sequence[str], guess: str) -> float:
 
 def _f1(answers: Sequence[str], guess: str) -> float:
     def one(answer: str) -> float:
-        truth, said = normalize(answer).split(), normalize(guess).split()
-        if not truth or not said:
-            return float(truth == said)
-        common = sum((collections.Counter(truth) & collections.Counter(said)).values())
-        return 2 * common / (len(truth) + len(said))
+        truth, found = normalize(answer).split(), normalize(guess).split()
+        if not truth or not found:
+            return float(truth == found)
+        common = sum((collections.Counter(truth) & collections.Counter(found)).values())
+        return 2 * common / (len(truth) + len(found))
 
     return max(one(answer) for answer in answers or [""])
 
 
-def average(scores: Mapping[str, Mapping[str, float]], metrics: Mapping[str, Sequence[str]]) -> float | None:
-    """Mean over tasks of the mean of each task's metrics; None unless every task is there.
-
-    scores: values by task and metric. metrics: those that count, by task.
-    """
-    if any(task not in scores for task in metrics):
-        return None
-    return math.fsum(math.fsum(scores[task][m] for m in names) / len(names) for task, names in metrics.items()) / len(metrics)
-
-
-def glue_average(scores: Mapping[str, Mapping[str, float]]) -> float | None:
-    """The paper's GLUE average: accuracy and F1, Pearson and Spearman, matched and mismatched each count half."""
-    return average(scores, {name: TASKS[name].metrics for name in SUITES["glue"]})
-
-
 def _same_length(gold: Sequence[Any], predicted: Sequence[Any]) -> None:
     if len(gold) != len(predicted) or not len(gold):
-        raise ValueError(f"{len(gold)} gold values and {len(predicted)} predictions: expected as many, and at least one")
+        raise ValueError(f"{len(gold)} gold values and {len(predicted)} predictions: expected equal numbers, and at least one")

@@ -1,6 +1,6 @@
-"""Where evaluation data comes from: a local folder, else the local cache of Hugging Face `datasets`, else the Hub if asked.
+"""Evaluation data: from a local folder, else from the local cache of Hugging Face `datasets`, else from the Hub if allowed.
 
-Every row is checked on the way in, so that what reaches a model has the columns, types and labels that its task names.
+Every row is checked when it is read, so a model only sees rows with the columns, types and labels that the task declares.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ TAG_NAMES = "labels.json"
 
 
 class EvalError(ValueError):
-    """A problem with models or data to evaluate; its message is one line that names the place and the remedy."""
+    """A problem with models or data to evaluate. Its message is one line that names the place and the remedy."""
 
 
 def load(task: Task, split: str, data_dir: Path | None = None, hub: bool = False) -> list[Row]:
     """The checked rows of one split.
 
-    Looks at `data_dir/<task>/<split>.{parquet,jsonl,csv,tsv,conll}`, then in the local cache, then, with hub=True, on the
-    Hub. Classes come back as numbers, scores as floats, tags as names. Raises EvalError.
+    Reads `data_dir/<task>/<split>.{parquet,jsonl,csv,tsv,conll}`, else the local cache, else, with hub=True, the Hub.
+    Returns classes as numbers, scores as floats, tags as names. Raises EvalError.
     """
     if data_dir is not None:
         for suffix, read in READERS.items():
@@ -39,8 +39,8 @@ def load(task: Task, split: str, data_dir: Path | None = None, hub: bool = False
                 return list(check(task, read(path), str(path), names))
     rows = _from_hub(task, split, offline=not hub)
     if rows is None:
-        looked = f"{data_dir / task.name}/{split}.{{{','.join(READERS)}}}" if data_dir else "no --data-dir was given"
-        raise EvalError(f"{task.name}: no data ({looked}; not in the local cache); {schema(task)}. {remedy(task)}")
+        expected = f"{data_dir / task.name}/{split}.{{{','.join(READERS)}}}" if data_dir else "no --data-dir was given"
+        raise EvalError(f"{task.name}: no data ({expected}; not in the local cache); {schema(task)}. {remedy(task)}")
     return rows
 
 
@@ -58,14 +58,14 @@ def load_probe(name: str, data_dir: Path | None) -> dict[str, list[tuple[str, st
         if len(parts) < 3 or parts[0] not in where or parts[1] not in labels:
             raise EvalError(f"{name}: {path}, line {number}: found {line[:60]!r}; {note}")
         splits[where[parts[0]]].append((parts[1], parts[-1]))
-    empty = [split for split, rows in splits.items() if len({label for label, _ in rows}) < 2]
-    if empty:
-        raise EvalError(f"{name}: {path} has not both labels in {', '.join(empty)}; {note}")
+    incomplete = [split for split, rows in splits.items() if len({label for label, _ in rows}) < 2]
+    if incomplete:
+        raise EvalError(f"{name}: {path} lacks one of the labels in {', '.join(incomplete)}; {note}")
     return splits
 
 
 def fetch(tasks: Sequence[Task], folder: Path, say: Callable[[str], None] = print) -> list[str]:
-    """Download tasks as Parquet, with SHA-256 sums, for machines without a network. Returns the names that have no source.
+    """Download tasks as Parquet, with SHA-256 sums, for machines without a network. Returns the tasks that have no source.
 
     A task that is complete and intact is not downloaded again. Tags are stored by name. Raises EvalError.
     """
@@ -79,7 +79,7 @@ def fetch(tasks: Sequence[Task], folder: Path, say: Callable[[str], None] = prin
         if (target / SUMS).is_file() and all((target / f"{split}.parquet").is_file() for split in splits):
             for split in splits:
                 _verify(target / f"{split}.parquet")
-            say(f"{task.name}: already there and intact")
+            say(f"{task.name}: already downloaded and intact")
             continue
         if task.source.repo is None:
             say(f"{task.name}: cannot be downloaded. {remedy(task)}")
@@ -105,110 +105,133 @@ def check(task: Task, rows: Iterator[tuple[str, Row]], path: str, tag_names: lis
     empty = True
     for place, row in rows:
         empty = False
-
-        def wrong(column: str, expected: str, place: str = place, row: Row = row) -> EvalError:
+        try:
+            clean = _checked(task, row, tag_names)
+        except _Invalid as error:
+            column = error.column
             found = f"is {str(row[column])[:60]!r}" if column in row else f"is missing (there are: {', '.join(map(str, row))})"
-            return EvalError(f"{task.name}: {path}{place}: column {column!r} {found}, expected {expected}; {schema(task)}")
-
-        clean: Row = dict(row)
-        for column in task.inputs if task.kind != "tag" else ():
-            if not isinstance(row.get(column), str):
-                raise wrong(column, "text")
-        if task.kind in ("classify", "choose"):
-            clean[task.label] = _class(row.get(task.label), task.classes)
-            if clean[task.label] is None:
-                raise wrong(task.label, f"{' or '.join(f'{i} ({c})' for i, c in enumerate(task.classes))}")
-            if task.kind == "choose" and row["question"] not in ("cause", "effect"):
-                raise wrong("question", "cause or effect")
-        elif task.kind == "regress":
-            low, high = task.score_range
-            try:
-                clean[task.label] = float(row.get(task.label))  # type: ignore[arg-type]
-            except (TypeError, ValueError):
-                raise wrong(task.label, f"a number from {low:g} to {high:g}") from None
-            if not low <= clean[task.label] <= high:
-                raise wrong(task.label, f"a number from {low:g} to {high:g}")
-        elif task.kind == "span":
-            try:
-                clean[task.label] = _answers(task, row)
-            except ValueError as error:
-                raise wrong(task.label, str(error)) from None
-        else:
-            tags = _tags(row.get(task.label), tag_names)
-            tokens = row.get("tokens")
-            if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
-                raise wrong("tokens", "a list of words")
-            if tags is None or len(tags) != len(tokens):
-                raise wrong(task.label, f"a tag (B-TYPE, I-TYPE or O; or its number, with names in {TAG_NAMES}) for each of "
-                                        f"{len(tokens)} tokens")  # fmt: skip
-            clean[task.label] = tags
-        if task.name == "multirc":
-            clean["question_id"] = _question_of(row)
+            raise EvalError(
+                f"{task.name}: {path}{place}: column {column!r} {found}, expected {error.expected}; {schema(task)}"
+            ) from None
         yield clean
     if empty:
         raise EvalError(f"{task.name}: {path} has no rows; {schema(task)}. {remedy(task)}")
 
 
+class _Invalid(Exception):
+    """A column of a row that is not as expected."""
+
+    def __init__(self, column: str, expected: str) -> None:
+        self.column, self.expected = column, expected
+
+
+def _checked(task: Task, row: Row, tag_names: list[str] | None) -> Row:
+    """A row with its label converted. Raises _Invalid."""
+    clean = dict(row)
+    if task.kind == "tag":
+        clean[task.label] = _tags(task, row, tag_names)
+        return clean
+    for column in task.inputs:
+        if not isinstance(row.get(column), str):
+            raise _Invalid(column, "text")
+    if task.kind == "span":
+        clean[task.label] = _answers(task, row)
+    elif task.kind == "regress":
+        clean[task.label] = _score(task, row)
+    else:
+        clean[task.label] = _class(task, row)
+    if task.kind == "choose" and row["question"] not in ("cause", "effect"):
+        raise _Invalid("question", "cause or effect")
+    if task.name == "multirc":
+        clean["question_id"] = _question_of(row)
+    return clean
+
+
 def schema(task: Task) -> str:
     """The columns of a task, in words."""
-    labels = {
-        "classify": f"{task.label} (0 to {len(task.classes) - 1}: {', '.join(task.classes)})",
-        "choose": f"{task.label} (0 or 1); question is cause or effect",
-        "regress": f"{task.label} (a number from {task.score_range[0]:g} to {task.score_range[1]:g})",
-        "span": "answers ({text: [...], answer_start: [...]}; both empty: no answer)" if task.no_answer
-        else "answers ({text: [...], answer_start: [...]})",
-        "tag": f"{task.label} (one tag per token)",
-    }  # fmt: skip
-    return f"columns: {', '.join(task.inputs)}; {labels[task.kind]}"
+    if task.kind == "classify":
+        label = f"{task.label} (0 to {len(task.classes) - 1}: {', '.join(task.classes)})"
+    elif task.kind == "choose":
+        label = f"{task.label} (0 or 1); question is cause or effect"
+    elif task.kind == "regress":
+        label = f"{task.label} (a number from {task.score_range[0]:g} to {task.score_range[1]:g})"
+    elif task.kind == "span":
+        label = "answers ({text: [...], answer_start: [...]}" + ("; both empty: no answer)" if task.no_answer else ")")
+    else:
+        label = f"{task.label} (one tag per token)"
+    return f"columns: {', '.join(task.inputs)}; {label}"
 
 
 def remedy(task: Task) -> str:
     """How to get a task's data."""
     source = task.source
     if source.repo is None:
-        return f"No repository loads without running its code: get {source.note}"
+        return f"Every repository would run its own code, so get {source.note}"
+    fetch = f"python -m sctd_ds.eval fetch --to DIR --tasks {task.name}"
     note = f" ({source.note})" if source.note else ""
-    return f"On a connected machine: python -m sctd_ds.eval fetch --to DIR --tasks {task.name}, then --data-dir DIR{note}"
+    return f"On a machine with network access: {fetch}, then --data-dir DIR{note}"
 
 
-def _class(value: Any, classes: Sequence[str]) -> int | None:
+def _class(task: Task, row: Row) -> int:
+    """The number of the row's class, which may be given by name."""
+    value, classes = row.get(task.label), task.classes
     if isinstance(value, str):
-        value = classes.index(value) if value in classes else int(value) if value.isdigit() else None
-    if isinstance(value, bool):
-        value = int(value)
-    return value if isinstance(value, int) and 0 <= value < len(classes) else None
+        if value in classes:
+            value = classes.index(value)
+        elif value.isdigit():
+            value = int(value)
+    if not isinstance(value, int) or not 0 <= value < len(classes):
+        raise _Invalid(task.label, " or ".join(f"{i} ({name})" for i, name in enumerate(classes)))
+    return int(value)
 
 
-def _tags(value: Any, names: list[str] | None) -> list[str] | None:
-    if not isinstance(value, list):
-        return None
-    if names is not None and all(isinstance(tag, int) and 0 <= tag < len(names) for tag in value):
-        value = [names[tag] for tag in value]
-    # IOB1, as the shared task's own files have it, is read as it is: seqeval counts the same entities.
-    good = all(isinstance(tag, str) and (tag == "O" or tag[:2] in ("B-", "I-")) for tag in value)
-    return value if good else None
+def _score(task: Task, row: Row) -> float:
+    low, high = task.score_range
+    try:
+        value = float(row.get(task.label))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise _Invalid(task.label, f"a number from {low:g} to {high:g}") from None
+    if not low <= value <= high:
+        raise _Invalid(task.label, f"a number from {low:g} to {high:g}")
+    return value
+
+
+def _tags(task: Task, row: Row, names: list[str] | None) -> list[str]:
+    """The names of the row's tags, one per token."""
+    tokens, tags = row.get("tokens"), row.get(task.label)
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
+        raise _Invalid("tokens", "a list of words")
+    expected = f"a tag (B-TYPE, I-TYPE or O; or its number, with names in {TAG_NAMES}) for each of {len(tokens)} tokens"
+    if not isinstance(tags, list) or len(tags) != len(tokens):
+        raise _Invalid(task.label, expected)
+    if names is not None and all(isinstance(tag, int) and 0 <= tag < len(names) for tag in tags):
+        tags = [names[tag] for tag in tags]
+    # IOB1, the scheme of the shared task's own files, needs no conversion: seqeval counts the same entities.
+    if not all(isinstance(tag, str) and (tag == "O" or tag[:2] in ("B-", "I-")) for tag in tags):
+        raise _Invalid(task.label, expected)
+    return tags
 
 
 def _answers(task: Task, row: Row) -> Row:
-    """The answers with the places where they stand in the context. Raises ValueError with what was expected of them."""
-    answers = row.get("answers")
+    """The row's answers and their positions in the context."""
+    answers = row.get(task.label)
     texts, starts = (answers.get("text"), answers.get("answer_start")) if isinstance(answers, dict) else (None, None)
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-        raise ValueError("{text: [...], answer_start: [...]} with as many of both")
+        raise _Invalid(task.label, "{text: [...], answer_start: [...]} of equal lengths")
     if not texts and not task.no_answer:
-        raise ValueError("at least one answer")
+        raise _Invalid(task.label, "at least one answer")
     found = []
     for text, start in zip(texts, starts, strict=True):
-        # In some copies of SQuAD contexts were stripped, and a few places are off by a character or two.
+        # Some copies of SQuAD strip contexts, which shifts a few answers by a character or two.
         near = [at for at in range(max(0, start - 2), start + 3) if row["context"].startswith(text, at)]
         if not near:
-            raise ValueError(f"answers that stand in the context at answer_start ({start}: {text[:30]!r} does not)")
+            raise _Invalid(task.label, f"answers that occur in the context at answer_start ({start}: {text[:30]!r} does not)")
         found.append(min(near, key=lambda at: abs(at - start)))
     return {"text": texts, "answer_start": found}
 
 
 def _question_of(row: Row) -> str:
-    """Which question an answer of MultiRC belongs to: by number where there is one, by text else."""
+    """The question that an answer of MultiRC belongs to, by number if the row has one, else by text."""
     index = row.get("idx")
     if isinstance(index, dict):
         return f"{index['paragraph']}/{index['question']}"
@@ -222,7 +245,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise EvalError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from None
+        raise EvalError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
     for i, row in enumerate(rows):
         yield f", row {i}", row
 
@@ -241,26 +264,27 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _separated(path: Path) -> Iterator[tuple[str, Row]]:
-    # Tab-separated files of this field do not quote: a lone quotation mark is text.
+    # Tab-separated data sets do not quote fields: a quotation mark is text.
     tabs = path.suffix == ".tsv"
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
         for row in reader:
             if None in row or None in row.values():
-                fields = f"{'more' if None in row else 'fewer'} fields than the {len(reader.fieldnames or ())} of the header"
-                raise EvalError(f"{path}, line {reader.line_num}: {fields}")
+                comparison = "more" if None in row else "fewer"
+                expected = f"expected the {len(reader.fieldnames or ())} fields of the header"
+                raise EvalError(f"{path}, line {reader.line_num}: {comparison} fields, {expected}")
             yield f", line {reader.line_num}", dict(row)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    # Lines of a file, and not str.splitlines: text may hold characters that Unicode counts as ends of lines.
+    # Not str.splitlines: text may contain characters that Unicode counts as line ends.
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             yield number, line.rstrip("\n")
 
 
 def _conll(path: Path) -> Iterator[tuple[str, Row]]:
-    """Word first, tag last, sentences apart by blank lines, -DOCSTART- lines left out."""
+    """Word first, tag last, blank lines between sentences; skips -DOCSTART- lines."""
     tokens: list[str] = []
     tags: list[str] = []
     first = 1
@@ -284,8 +308,12 @@ def _conll(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
-    "parquet": _parquet, "jsonl": _jsonl, "csv": _separated, "tsv": _separated, "conll": _conll,
-}  # fmt: skip
+    "parquet": _parquet,
+    "jsonl": _jsonl,
+    "csv": _separated,
+    "tsv": _separated,
+    "conll": _conll,
+}
 
 
 def _tag_names(path: Path) -> list[str] | None:
@@ -297,20 +325,22 @@ def _tag_names(path: Path) -> list[str] | None:
 
 
 def _verify(path: Path) -> None:
-    """Compare a file with its sum, where there are sums."""
+    """Compare a file with its SHA-256, if the folder lists any. Raises EvalError."""
     sums = path.parent / SUMS
     if not sums.is_file():
         return
-    known = {name: digest for digest, name in (line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines())}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if path.name in known and known[path.name] != digest:
-        raise EvalError(
-            f"{path}: its SHA-256 is not that in {sums.name}, so it was changed or cut off; delete the folder and fetch again"
-        )
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        expected, name = line.split("  ", 1)
+        if name == path.name and expected != digest:
+            raise EvalError(
+                f"{path}: its SHA-256 differs from that in {SUMS}, so it was changed or truncated; "
+                "delete the folder and fetch again"
+            )
 
 
 def _from_hub(task: Task, split: str, offline: bool) -> list[Row] | None:
-    """A split from the Hub or, offline, from the local cache of an earlier download (None where there is none)."""
+    """A split from the Hub or, if offline, from the cache of an earlier download; None if there is none."""
     import datasets
     import huggingface_hub
 
@@ -336,7 +366,7 @@ def _from_hub(task: Task, split: str, offline: bool) -> list[Row] | None:
         if offline:
             return None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EvalError(f"{task.name}: {source.repo} cannot be had ({reason}); is this machine connected?") from None
+        raise EvalError(f"{task.name}: {source.repo} could not be downloaded ({reason}); check the network") from None
     finally:
         datasets.config.HF_HUB_OFFLINE = before
     return list(check(task, ((f", row {i}", row) for i, row in enumerate(loaded)), source.repo, names))

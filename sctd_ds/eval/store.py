@@ -1,4 +1,4 @@
-"""Outcomes on disk, one JSON file each, so that what was measured is never measured again and never mixed up."""
+"""The models under evaluation, and their outcomes on disk: one JSON file each, so that nothing is measured twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 import transformers
 from torch import Tensor
 
@@ -21,15 +20,15 @@ from sctd_ds.integrations.export import ImportanceTable, read_importance
 from sctd_ds.method.selection import POLICIES
 from sctd_ds.run.environment import device_name, versions
 
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # whole, in shards, or as torch pickles them
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # one file or shards; safetensors or torch's pickles
 
 
 @dataclass(frozen=True)
 class Model:
-    """A Hugging Face folder (or Hub name) under the name that reports give it.
+    """A Hugging Face folder (or Hub name), and its name in reports.
 
-    run: the folder of the run that exported it, where that is known. checkpoint: one of that run's; then the weights and the
-    importance table are the checkpoint's.
+    run: the folder of the run that exported it, if known. checkpoint: one of that run's; if set, the weights and the
+    importance table come from it.
     """
 
     name: str
@@ -38,25 +37,25 @@ class Model:
     checkpoint: Path | None = None
 
     def check(self) -> Model:
-        """Self, or EvalError for what is neither the folder of a model with its tokenizer nor a Hub name within reach."""
+        """The model itself. Raises EvalError unless it is a folder with model and tokenizer, or a reachable Hub name."""
         folder = Path(self.path)
         if folder.is_dir():
             missing = [f for f in ("config.json", "tokenizer_config.json") if not (folder / f).is_file()]
-            if not any(True for kind in WEIGHTS for _ in folder.glob(kind)):
+            if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
                 missing.append("weights (model.safetensors)")
             if missing:
                 running = "; the run is not finished" if (folder / "checkpoints").is_dir() else ""
-                expected = "expected a Hugging Face folder, or a run's, which has one in model/"
+                expected = "expected a Hugging Face folder, or a run's folder, which has one in model/"
                 raise EvalError(f"{folder}: no {' and no '.join(missing)}; {expected}{running}")
-        elif folder.exists() or ("/" in self.path and folder.parent.is_dir()):  # meant as a path: nobody asks the Hub for it
-            raise EvalError(f"{folder}: no such folder; expected a Hugging Face folder, a run's, or a Hub name")
+        elif folder.exists() or ("/" in self.path and folder.parent.is_dir()):  # a path, so do not try the Hub
+            raise EvalError(f"{folder}: no such folder; expected a Hugging Face folder, a run's folder, or a Hub name")
         try:
             if folder.is_dir():
                 transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             elif not isinstance(huggingface_hub.try_to_load_from_cache(self.path, "config.json"), str):
-                huggingface_hub.model_info(self.path)  # asks once, where from_pretrained tries for half a minute
-        except Exception as error:  # OSError, ValueError, the HTTP client's own ...: all say what is wrong
-            what = "no model that can be loaded" if folder.is_dir() else "no such folder, nor a Hub name that can be reached"
+                huggingface_hub.model_info(self.path)  # one request, while from_pretrained retries for half a minute
+        except Exception as error:  # OSError, ValueError, the HTTP client's own ...: each message names the problem
+            what = "no model that can be loaded" if folder.is_dir() else "no such folder, nor a reachable Hub name"
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise EvalError(f"{self.path}: {what} ({reason})") from None
         return self
@@ -64,13 +63,21 @@ class Model:
     @property
     def step(self) -> int | None:
         """The optimizer step of the checkpoint."""
-        return int(self.checkpoint.name.removeprefix("step_")) if self.checkpoint else None
+        if self.checkpoint is None:
+            return None
+        from sctd_ds.engine import checkpoint  # imports DeepSpeed, here and below
+
+        return checkpoint.about(self.checkpoint)["step"]
 
     def history(self) -> list[Model]:
-        """This model at the checkpoints that its run kept, by step. A pipeline's are left out: their weights lie apart."""
-        kept = sorted((self.run / "checkpoints").glob("step_*")) if self.run else ()
-        models = [replace(self, checkpoint=folder) for folder in kept]
-        return [model for model in models if model._settings()["pretrain.stages"] == 1]
+        """This model at the checkpoints that its run kept, by step; without those of a pipeline, whose weights are split."""
+        if self.run is None:
+            return []
+        from sctd_ds.engine import checkpoint
+
+        folders = checkpoint.kept(self.run / "checkpoints")
+        whole = [folder for folder in folders if checkpoint.about(folder)["settings"]["pretrain.stages"] == 1]
+        return [replace(self, checkpoint=folder) for folder in whole]
 
     def read_importance(self) -> ImportanceTable | None:
         """The table in the folder, if there is one. Raises EvalError for one that cannot be read."""
@@ -79,39 +86,36 @@ class Model:
         except ValueError as error:
             raise EvalError(str(error)) from None
 
-    def _settings(self) -> dict[str, Any]:
-        assert self.checkpoint is not None
-        return json.loads((self.checkpoint / "settings.json").read_text(encoding="utf-8"))["settings"]
-
     def read_checkpoint(self) -> tuple[dict[str, Tensor], ImportanceTable | None]:
-        """Weights of the checkpoint as its run computed with them (16 bits in a 16-bit run), and the table if there is one.
+        """The checkpoint's weights in the dtype of its run's computations, and the importance table if there is one.
 
-        Raises EvalError for a checkpoint that is damaged.
+        Raises EvalError for a damaged checkpoint.
         """
-        from sctd_ds.engine import checkpoint  # brings DeepSpeed along
+        from sctd_ds.engine import checkpoint
 
         assert self.checkpoint is not None
         problem = checkpoint.verify(self.checkpoint)
         if problem:
             raise EvalError(f"{problem}; delete the checkpoint to leave it out")
-        settings = self._settings()
-        content = torch.load(self.checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+        settings = checkpoint.about(self.checkpoint)["settings"]
+        weights, scores = checkpoint.read_model(self.checkpoint)
         if settings["sctd.method"] == "dense" or not POLICIES[settings["sctd.importance"]].has_table:
-            return content["module"], None
-        scores = content["sctd"]["importance"]["scores"]
-        return content["module"], ImportanceTable(scores, settings["sctd.drop_ratio"], settings["sctd.importance"])
+            return weights, None
+        return weights, ImportanceTable(scores, settings["sctd.drop_ratio"], settings["sctd.importance"])
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes with the weights and the table of a folder or checkpoint; the name itself for a model of the Hub."""
+        """Changes with the weights and the table of a folder or checkpoint; for a model of the Hub, its name."""
         if self.checkpoint:
-            return fingerprint(self.checkpoint / "manifest.json")
+            from sctd_ds.engine import checkpoint
+
+            return fingerprint(checkpoint.manifest(self.checkpoint))
         weights = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(self.path).glob(kind))
         return fingerprint(*weights) if weights else self.path
 
 
 def fingerprint(*contents: Any) -> str:
-    """16 hex digits that change with any of the contents: a file's (given its Path), or what JSON can say."""
+    """16 hex digits that change with any of the contents: the bytes of a file (given as a Path), or a JSON value."""
     digest = hashlib.sha256()
     for content in contents:
         if isinstance(content, Path):
@@ -124,9 +128,9 @@ def fingerprint(*contents: Any) -> str:
 
 
 def remember(path: Path | None, settings: dict[str, Any], measure: Callable[[], Any], **about: Any) -> Any:
-    """The outcome of `measure`, read from `path` where it was measured before with the same settings.
+    """The outcome of `measure`, or of an earlier call with the same settings, which `path` keeps.
 
-    about: recorded beside it. Without a path nothing is kept. Raises EvalError when the file holds other settings.
+    about: recorded beside the outcome. Without a path nothing is stored. Raises EvalError if the file has other settings.
     """
     if path is None:
         return measure()

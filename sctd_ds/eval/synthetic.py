@@ -1,7 +1,7 @@
-"""Synthetic twins: every task, with the columns and labels of the real one, made of the generated language.
+"""Synthetic tasks: a copy of every task in the generated language, with the columns and labels of the real data set.
 
-They test the whole path without a download, and at small scale they tell models apart: what each of them asks for (agreement,
-roles, voice, synonyms, kinds, negation, reference to a text) is in the language's documents, and labels are balanced.
+They test the whole evaluation without a download and separate models at small scale: the language's documents contain what
+each task requires (agreement, roles, voice, synonyms, kinds, negation, reference to a text). Labels are balanced.
 """
 
 from __future__ import annotations
@@ -13,54 +13,52 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sctd_ds.eval.grammar import KINDS, PAST_ADVERBS, PRESENT_ADVERBS, SPLITS, Event, Language, Phrase, Random, be, pick
+from sctd_ds.eval.grammar import KINDS, PAST_ADVERBS, PRESENT_ADVERBS, Event, Language, Phrase, Random, be, pick
 from sctd_ds.eval.tasks import PROBES, TASKS
 
 Row = dict[str, Any]
 Maker = Callable[[Language, Random, int], Row]
 MARK = "SYNTHETIC"
-"""A file of this name marks a folder of twins, so that no report takes them for the real data."""
+"""The name of a file that marks a folder of synthetic tasks, so that no report presents them as the real data."""
 ENTITY_TYPES = {"conll03": ("PER", "ORG", "LOC"), "ontonotes": ("PERSON", "ORG", "GPE", "DATE")}
 
 
-def twin(name: str, split: str, count: int, language: Language | None = None, seed: int = 0) -> list[Row]:
-    """`count` rows of a task's twin. Splits are drawn apart, with the same words."""
+def generate(name: str, split: str, count: int, language: Language | None = None, seed: int = 0) -> list[Row]:
+    """`count` rows of a synthetic task. Splits are independent draws over the same words."""
     language = language or Language()
     rows = []
     for i in range(count):
-        # The two answers to a question of MultiRC are drawn alike, so that they are about one story.
+        # Both answers to a question of MultiRC share a generator, and so a story.
         source = i // 2 if name == "multirc" else i
-        rows.append(MAKERS[name](language, random.Random(f"sctd_ds twin {name} {split} {seed} {source}").random, i))
+        # Another word than "twin" in this seed would generate other rows than those of recorded results.
+        draw = random.Random(f"sctd_ds twin {name} {split} {seed} {source}").random
+        rows.append(MAKERS[name](language, draw, i))
     return rows
 
 
-def write_twins(
-    folder: Path, *, train: int = 2000, validation: int = 500, language: Language | None = None, seed: int = 0
-) -> None:
-    """Write all twins as JSON lines where `sources.load` looks for them, and both probes in SentEval's format."""
+def write(folder: Path, *, train: int = 2000, validation: int = 500, language: Language | None = None, seed: int = 0) -> None:
+    """Write all synthetic tasks as JSON lines where `sources.load` expects them, and both probes in SentEval's format."""
     language = language or Language()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).write_text(
-        "Synthetic twins made by `python -m sctd_ds.eval twins`; not the data sets they are named after.\n"
-    )
+    note = "Synthetic tasks made by `python -m sctd_ds.eval synthetic`; not the data sets they are named after.\n"
+    (folder / MARK).write_text(note, encoding="utf-8")
     for name, task in TASKS.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for split in ("train", *task.splits):
-            rows = twin(name, split, train if split == "train" else validation, language, seed)
+            rows = generate(name, split, train if split == "train" else validation, language, seed)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / name / f"{split}.jsonl").write_text(text, encoding="utf-8")
     for name, (file, _) in PROBES.items():
-        short = {"train": "tr", "validation": "va", "test": "te"}
-        lines = [
-            f"{short[split]}\t{label}\t{sentence}\n"
-            for split in SPLITS
-            for label, sentence in language.probe(name, train if split == "train" else validation, split, seed)  # type: ignore[arg-type]
-        ]
+        lines = []
+        for split, short in (("train", "tr"), ("validation", "va"), ("test", "te")):
+            count = train if split == "train" else validation
+            for label, sentence in language.probe(name, count, split, seed):  # type: ignore[arg-type]
+                lines.append(f"{short}\t{label}\t{sentence}\n")
         (folder / file).write_text("".join(lines), encoding="utf-8")
 
 
 def _cola(language: Language, draw: Random, i: int) -> Row:
-    """Acceptable: the present verb agrees with its subject, and not with the attractor beside it."""
+    """Acceptable: the present verb agrees with its subject, not with the attractor between them."""
     event = language.event(draw, past=False)
     attractor = Phrase(language.phrase(draw).noun, not event.agent.plural)
     right = i % 2
@@ -69,7 +67,7 @@ def _cola(language: Language, draw: Random, i: int) -> Row:
 
 
 def _sst2(language: Language, draw: Random, i: int) -> Row:
-    """The polarity of the predicate, which "not" turns; the adjective of the subject may say the opposite."""
+    """The polarity of the predicate, which "not" inverts; the subject's adjective may have the opposite polarity."""
     good, negated = i % 2 == 1, draw() < 0.4
     subject, past = language.phrase(draw, adjective=0.5), draw() < 0.5
     said = language.adjective(draw, good != negated)
@@ -90,14 +88,14 @@ def _swapped(event: Event) -> Event:
 
 
 def _mrpc(language: Language, draw: Random, i: int) -> Row:
-    """Equivalent: the same event in another voice or with a synonym. Not: agent and patient change places."""
+    """Equivalent: the same event in another voice or with a synonym. Otherwise agent and patient are exchanged."""
     event = language.event(draw)
     other = event if i % 2 else _swapped(event)
     return {"sentence1": event.active() + " .", "sentence2": _paraphrase(language, draw, other), "label": i % 2, "idx": i}
 
 
 def _similar(language: Language, draw: Random, i: int) -> tuple[str, str, int]:
-    """Two events that share `i % 6` of agent, patient, meaning, place and tense, the second as a paraphrase."""
+    """Two events that share `i % 6` of agent, verb, patient, place and tense; the second is a paraphrase."""
     shared = i % 6
     event = language.event(draw, place=1.0, adjective=0.0)
     other = language.event(draw, past=not event.past, place=1.0, adjective=0.0)
@@ -126,10 +124,10 @@ def _sick(language: Language, draw: Random, i: int) -> Row:
 
 
 def _nli(language: Language, draw: Random, relation: str) -> tuple[str, str]:
-    """A premise, said or denied, and a hypothesis, mostly of the same words.
+    """A premise, affirmed or denied, and a hypothesis of mostly the same words.
 
-    Entailed: the same, paraphrased, or of the agent's kind. Contradicted: the opposite, or of another kind. Neutral: said or
-    denied, mostly as the premise is, of exchanged roles.
+    Entailment: the hypothesis paraphrases the premise, or replaces the agent by its kind. Contradiction: it negates
+    the premise, or names another kind. Neutral: it exchanges the roles, mostly with the premise's polarity.
     """
     event = language.event(draw, adjective=0.0)
     agent, entailed = event.agent, relation == "entailment"
@@ -138,8 +136,8 @@ def _nli(language: Language, draw: Random, relation: str) -> tuple[str, str]:
         named = f"{kind}s" if agent.plural else f"a {kind}"
         return event.active() + " .", f"{named} {event.verb.form(event.past, agent.plural)} {event.patient} ."
     denied = draw() < 0.4
-    said, same = (event, entailed) if relation != "neutral" else (_swapped(event), draw() < 0.8)
-    hypothesis = _denied(said) if denied == same else _paraphrase(language, draw, said)
+    claimed, same_polarity = (_swapped(event), draw() < 0.8) if relation == "neutral" else (event, entailed)
+    hypothesis = _denied(claimed) if denied == same_polarity else _paraphrase(language, draw, claimed)
     return _denied(event) if denied else event.active() + " .", hypothesis
 
 
@@ -160,49 +158,54 @@ def _mnli(language: Language, draw: Random, i: int) -> Row:
 
 def _cb(language: Language, draw: Random, i: int) -> Row:
     one, two = _nli(language, draw, TASKS["cb"].classes[i % 3])
-    return {"premise": f"{language.person(draw)} {'was' if draw() < 0.5 else 'is'} {language.adjective(draw, True)} . {one}",
-            "hypothesis": two, "idx": i, "label": i % 3}  # fmt: skip
+    distractor = f"{language.person(draw)} {'was' if draw() < 0.5 else 'is'} {language.adjective(draw, True)} ."
+    return {"premise": f"{distractor} {one}", "hypothesis": two, "idx": i, "label": i % 3}
 
 
 def _story(language: Language, draw: Random, events: int, place: float = 0.3) -> list[Event]:
-    """Events of one tense with different agents, verbs and patients, so that questions have one answer."""
+    """Events of one tense with different agents, verbs and patients, so that a question has one answer."""
     past = draw() < 0.5
-    told: list[Event] = []
-    while len(told) < events:
+    story: list[Event] = []
+    while len(story) < events:
         event = language.event(draw, past=past, place=place, adjective=0.0)
         new = (event.agent.noun, event.patient.noun, event.verb.meaning)
-        known = [(e.agent.noun, e.patient.noun, e.verb.meaning) for e in told]
+        known = [(e.agent.noun, e.patient.noun, e.verb.meaning) for e in story]
         if not any(a == b for old in known for a, b in zip(new, old, strict=True)):
-            told.append(event)
-    return told
+            story.append(event)
+    return story
 
 
-def _tell(told: list[Event]) -> str:
-    return " ".join(f"{event.active()} ." for event in told)
+def _text(story: list[Event]) -> str:
+    return " ".join(f"{event.active()} ." for event in story)
 
 
 def _boolq(language: Language, draw: Random, i: int) -> Row:
-    told = _story(language, draw, 4)
-    event = told[int(draw() * 4)]
+    """True: the question states an event of the story. False: it exchanges agent and patient."""
+    story = _story(language, draw, 4)
+    event = story[int(draw() * 4)]
     asked = event if i % 2 else _swapped(event)
-    return {"question": f"{be(event.past, asked.patient.plural)} {asked.patient} {event.verb.past} by {asked.agent}",
-            "passage": _tell(told), "idx": i, "label": i % 2}  # fmt: skip
+    question = f"{be(event.past, asked.patient.plural)} {asked.patient} {event.verb.past} by {asked.agent}"
+    return {"question": question, "passage": _text(story), "idx": i, "label": i % 2}
 
 
 def _multirc(language: Language, draw: Random, i: int) -> Row:
-    """Two answers to each question: the patient of the story, and that of another of its events."""
+    """Two answers to each question: the patient of the event in question, and that of another event of the story."""
     right = i % 2
     event, *others = _story(language, draw, 4)
-    told = sorted([event, *others], key=lambda e: e.verb.plain)
-    return {"paragraph": _tell(told), "question": f"who {be(event.past, False)} {event.verb.past} by {event.agent}",
-            "answer": str((event if right else others[0]).patient),
-            "idx": {"paragraph": i // 2, "question": i // 2, "answer": i}, "label": right}  # fmt: skip
+    story = sorted([event, *others], key=lambda e: e.verb.plain)
+    return {
+        "paragraph": _text(story),
+        "question": f"who {be(event.past, False)} {event.verb.past} by {event.agent}",
+        "answer": str((event if right else others[0]).patient),
+        "idx": {"paragraph": i // 2, "question": i // 2, "answer": i},
+        "label": right,
+    }
 
 
 def _copa(language: Language, draw: Random, i: int) -> Row:
-    """What an event brings about, or what brought it about; documents tell ("... because ...").
+    """The effect or the cause of an event; documents state both ("... because ...").
 
-    The wrong choice is drawn as the right one is, so that no verb is right more often than another.
+    The wrong choice has the same distribution as the right one, so no verb is right more often than another.
     """
     cause = language.event(draw, place=0.0, adjective=0.0)
     effect = language.verb_of(cause.verb.effect, draw)
@@ -216,27 +219,30 @@ def _copa(language: Language, draw: Random, i: int) -> Row:
     def did(verb: Any) -> str:
         return f"{cause.agent} {verb.form(cause.past, cause.agent.plural)} {cause.patient} ."
 
-    asks_cause = draw() < 0.5
-    premise, right, other = (
-        (happened(effect), did(cause.verb), did(wrong))
-        if asks_cause
-        else (did(cause.verb), happened(effect), happened(language.verb_of(wrong.effect, draw)))
-    )
-    choices = (right, other) if i % 2 == 0 else (other, right)
-    return {"premise": premise, "choice1": choices[0], "choice2": choices[1],
-            "question": "cause" if asks_cause else "effect", "idx": i, "label": i % 2}  # fmt: skip
+    if draw() < 0.5:
+        question, premise, right, other = "cause", happened(effect), did(cause.verb), did(wrong)
+    else:
+        other_effect = language.verb_of(wrong.effect, draw)
+        question, premise, right, other = "effect", did(cause.verb), happened(effect), happened(other_effect)
+    one, two = (right, other) if i % 2 == 0 else (other, right)
+    return {"premise": premise, "choice1": one, "choice2": two, "question": question, "idx": i, "label": i % 2}
 
 
 def _squad(language: Language, draw: Random, i: int, answerable: bool = True) -> Row:
-    """Who did it; the answer is the agent, as it stands in the story. Where there is none, it was the other way round."""
-    told = _story(language, draw, 4)
-    event = told[int(draw() * 4)]
-    context = _tell(told)
+    """The question asks for an event's agent, as it appears in the story. Without an answer, it exchanges the roles."""
+    story = _story(language, draw, 4)
+    event = story[int(draw() * 4)]
+    context = _text(story)
     asked = event.patient if answerable else event.agent
-    sentence, text = f"{event.active()} .", str(event.agent)
-    answers = {"text": [text], "answer_start": [context.index(sentence)]} if answerable else {"text": [], "answer_start": []}
-    return {"id": f"{i:06d}", "title": language.place(draw), "context": context,
-            "question": f"who {event.verb.form(event.past, False)} {asked} ?", "answers": answers}  # fmt: skip
+    texts = [str(event.agent)] if answerable else []
+    starts = [context.index(f"{event.active()} .")] if answerable else []
+    return {
+        "id": f"{i:06d}",
+        "title": language.place(draw),
+        "context": context,
+        "question": f"who {event.verb.form(event.past, False)} {asked} ?",
+        "answers": {"text": texts, "answer_start": starts},
+    }
 
 
 def _squad_v2(language: Language, draw: Random, i: int) -> Row:
@@ -244,32 +250,32 @@ def _squad_v2(language: Language, draw: Random, i: int) -> Row:
 
 
 def _tagged(types: tuple[str, ...]) -> Callable[[Language, Random], tuple[list[str], list[str]]]:
-    """Sentences with names of the types given: a person (one word or two), then perhaps a group, a place, a date."""
+    """A maker of sentences with names of these types: a person (one or two words), perhaps a group, a place, a date."""
 
     def make(language: Language, draw: Random) -> tuple[list[str], list[str]]:
         tokens: list[str] = []
         tags: list[str] = []
 
-        def say(text: str, kind: str | None = None) -> None:
+        def add(text: str, entity: str | None = None) -> None:
             for j, word in enumerate(text.split()):
                 tokens.append(word)
-                tags.append("O" if kind is None else f"{'I' if j else 'B'}-{kind}")
+                tags.append("O" if entity is None else f"{'I' if j else 'B'}-{entity}")
 
         person, group, place = types[:3]
         event = language.event(draw, place=0.0, adjective=0.0)
         name = language.person(draw)
-        say(f"{name} {language.person(draw)}" if draw() < 0.3 else name, person)
+        add(f"{name} {language.person(draw)}" if draw() < 0.3 else name, person)
         if draw() < 0.5:
-            say("of")
-            say(language.group(draw), group)
-        say(f"{event.verb.form(event.past, False)} {event.patient}")
+            add("of")
+            add(language.group(draw), group)
+        add(f"{event.verb.form(event.past, False)} {event.patient}")
         if draw() < 0.5:
-            say("in")
-            say(language.place(draw), place)
+            add("in")
+            add(language.place(draw), place)
         if draw() < 0.4:
             adverbs = PAST_ADVERBS if event.past else PRESENT_ADVERBS
-            say(adverbs[int(draw() * len(adverbs))], types[3] if len(types) > 3 else None)
-        say(".")
+            add(pick(adverbs, draw), types[3] if len(types) > 3 else None)
+        add(".")
         return tokens, tags
 
     return make
@@ -286,7 +292,19 @@ def _ontonotes(language: Language, draw: Random, i: int) -> Row:
 
 
 MAKERS: dict[str, Maker] = {
-    "cola": _cola, "mrpc": _mrpc, "stsb": _stsb, "rte": _rte, "mnli": _mnli, "sst2": _sst2, "boolq": _boolq, "cb": _cb,
-    "multirc": _multirc, "copa": _copa, "squad": _squad, "squad_v2": _squad_v2, "conll03": _conll03,
-    "ontonotes": _ontonotes, "sick": _sick,
-}  # fmt: skip
+    "cola": _cola,
+    "mrpc": _mrpc,
+    "stsb": _stsb,
+    "rte": _rte,
+    "mnli": _mnli,
+    "sst2": _sst2,
+    "boolq": _boolq,
+    "cb": _cb,
+    "multirc": _multirc,
+    "copa": _copa,
+    "squad": _squad,
+    "squad_v2": _squad_v2,
+    "conll03": _conll03,
+    "ontonotes": _ontonotes,
+    "sick": _sick,
+}

@@ -1,4 +1,4 @@
-"""Every task in one table: columns, classes, metrics, the paper's hyper-parameters, and where the data comes from."""
+"""All tasks in one table: columns, classes, metrics, the paper's hyper-parameters, and the source of the data."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Kind = Literal["classify", "regress", "choose", "span", "tag"]
 class Recipe:
     """Hyper-parameters of fine-tuning. Exactly one of epochs and steps is set.
 
-    learning_rate, batch, epochs and steps are the paper's (Table 7), the lengths too (Section 4.1). Table 7 has no rows for
-    the tagging tasks and SICK-R; theirs come from the ranges of Section 4.1. Warm-up and weight decay are in `finetune`.
+    learning_rate, batch, epochs and steps are from Table 7 of the paper, max_length from its Section 4.1. Table 7 omits the
+    tagging tasks and SICK-R, whose values are from the ranges of Section 4.1. `finetune` sets warm-up and weight decay.
     """
 
     learning_rate: float
@@ -25,23 +25,24 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's files come from. repo None: no repository loads without running its code; `note` says where to look."""
+    """The source of a task's files. repo None: every repository would run its own code; `note` names another source."""
 
     repo: str | None
     config: str | None = None
     files: dict[str, tuple[str, ...]] | None = None
-    """JSON-lines files of the repository by split, where it has no splits of its own; `labels` names its tag numbers."""
+    """The repository's JSON-lines files by split, if it defines no splits."""
     labels: str | None = None
+    """The repository's file that maps tag names to numbers."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task. inputs: text columns in the order the model reads them; label: the column to predict.
+    """One task. inputs: text columns in the model's reading order; label: the column to predict.
 
-    classes: names in the order of the label's numbers (empty where there are none, or, for tags, where the data says).
+    classes: names in the order of the label's numbers; empty for numbers and spans, and for tags (the data has them).
     metrics: those of `finetune`'s results that the paper reports; their mean is the task's score.
-    splits: parts to evaluate on. shots: mentions of each entity type to train on (None: all of the data).
+    splits: the splits to evaluate on. shots: mentions of each entity type to train on (None: all of the data).
     """
 
     name: str
@@ -69,14 +70,22 @@ def _superglue(config: str) -> Source:
 
 _NOT = ("entailment", "not_entailment")
 _NLI = ("entailment", "neutral", "contradiction")
-_SICK = Source(None, note="SICK_train.txt and SICK_trial.txt of the SICK distribution (SemEval 2014 task 1), as they are, "
-               "named sick/train.tsv and sick/validation.tsv")  # fmt: skip
-_CONLL = Source("lhoestq/conll2003",
-                note="the text is under the licence of the Reuters Corpus; eng.train and eng.testa of the shared task work as "
-                "conll03/train.conll and conll03/validation.conll")  # fmt: skip
-_ONTONOTES = Source("tner/ontonotes5",
-                    files={"train": tuple(f"dataset/train0{i}.json" for i in range(4)), "validation": ("dataset/valid.json",)},
-                    labels="dataset/label.json", note="the text is licensed by the LDC (LDC2013T19)")  # fmt: skip
+_SICK = Source(
+    None,
+    note="SICK_train.txt and SICK_trial.txt of the SICK distribution (SemEval 2014 task 1), unchanged, "
+    "as sick/train.tsv and sick/validation.tsv",
+)
+_CONLL = Source(
+    "lhoestq/conll2003",
+    note="the text is under the licence of the Reuters Corpus; eng.train and eng.testa of the shared task also work, "
+    "as conll03/train.conll and conll03/validation.conll",
+)
+_ONTONOTES = Source(
+    "tner/ontonotes5",
+    files={"train": tuple(f"dataset/train0{i}.json" for i in range(4)), "validation": ("dataset/valid.json",)},
+    labels="dataset/label.json",
+    note="the text is licensed by the LDC (LDC2013T19)",
+)
 _TAGGING = Recipe(5e-5, 16, epochs=30)
 
 TASKS: dict[str, Task] = {
@@ -126,4 +135,4 @@ PROBES: dict[str, tuple[str, tuple[str, str]]] = {
     "number": ("subj_number.txt", ("NN", "NNS")),
 }
 """SentEval's probing tasks: file name and labels. Lines are `tr|va|te <tab> label <tab> sentence`."""
-PROBE_NOTE = "it is data/probing/{file} of the SentEval repository (facebookresearch/SentEval)"
+PROBE_NOTE = "get data/probing/{file} from the SentEval repository (facebookresearch/SentEval)"

@@ -1,7 +1,7 @@
-"""The method in training loops that are not ours: the Hugging Face Trainer, and loops written with Accelerate.
+"""The method in other training loops: the Hugging Face Trainer, and loops written with Accelerate.
 
-There no engine of ours sees the steps, so somebody has to say when one begins and when it was applied: `StepClock` with
-Accelerate or by hand, `ScTDCallback` for the Trainer, both with and without DeepSpeed.
+Without ScTD's engine, the loop must report when an optimizer step begins and when it was applied: through `StepClock`, with
+Accelerate or by hand, or through `ScTDCallback` in the Trainer. Both work with and without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepClock:
-    """Counts applied optimizer steps of a converted model, sets what each does, and keeps the importance table current.
+    """Counts the applied optimizer steps of a converted model, sets the mode of each, and updates the importance table.
 
         clock = sctd_ds.StepClock(model)               # after sctd_ds.convert(model, config)
         accelerator.register_for_checkpointing(clock)  # saved and restored with the rest
@@ -38,7 +38,7 @@ class StepClock:
             with clock.accumulate(accelerator, model): # in place of accelerator.accumulate(model)
                 ...                                    # forward, backward, optimizer.step(), optimizer.zero_grad()
 
-    A loop without Accelerate calls `begin` and `end` itself, once per optimizer step and not per micro-batch. Every rank does.
+    A loop without Accelerate calls `begin` and `end` itself, on every rank, once per optimizer step, not per micro-batch.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,10 +48,10 @@ class StepClock:
 
     @contextmanager
     def accumulate(self, accelerator: Accelerator, *models: Any) -> Iterator[Mode]:
-        """`accelerator.accumulate(*models)` around one micro-batch, optimizer.step() included; yields what its step does.
+        """`accelerator.accumulate(*models)` around one micro-batch, optimizer.step() included; yields the step's mode.
 
-        The step is finished where Accelerate lets the optimizer step: after gradient_accumulation_steps micro-batches, or
-        at the end of the data.
+        The step ends when Accelerate lets the optimizer step: after gradient_accumulation_steps
+        micro-batches, or at the end of the data.
         """
         with accelerator.accumulate(*models):
             yield self.begin()
@@ -59,14 +59,14 @@ class StepClock:
                 self.end(skipped=accelerator.optimizer_step_was_skipped)
 
     def begin(self) -> Mode:
-        """Set the model to what the next optimizer step does, and return it."""
+        """Set the model to the mode of the next optimizer step, and return this mode."""
         step = self.applied_steps + 1
         mode = step_mode(state_of(self._model).config, step)
         set_mode(self._model, mode, step)
         return mode
 
     def end(self, skipped: bool = False) -> None:
-        """Finish an optimizer step: learn from it, over all ranks, or forget it where it was skipped (fp16 overflow)."""
+        """Finish an optimizer step: update the table over all ranks, or discard a step that was skipped (fp16 overflow)."""
         table = importance(self._model)
         if skipped:
             table.discard()
@@ -75,7 +75,7 @@ class StepClock:
         self.applied_steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The count and the table."""
+        """The number of applied steps and the importance table."""
         return {"applied_steps": self.applied_steps, "importance": importance(self._model).state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -88,10 +88,11 @@ class ScTDCallback(TrainerCallback, ExportableState):
     """Train with ScTD in the Hugging Face Trainer: `Trainer(..., callbacks=[sctd_ds.ScTDCallback(config)])`.
 
     config: the method; None takes the "sctd" block of the DeepSpeed configuration in the training arguments. With
-    keep_token_ids="auto" the ids come from the Trainer's processing_class, if it has one. The model is converted when the
-    Trainer is made. Count and table travel in the checkpoint's trainer_state.json, so resume_from_checkpoint goes on as exactly
-    as the Trainer does by itself: not where a collator draws masks at random, see docs/recipes.md.
-    Raises ValueError for settings of the Trainer that cannot work with token dropping.
+    keep_token_ids="auto" the ids come from the Trainer's processing_class, if it has one.
+
+    The Trainer's constructor converts the model. The checkpoint's trainer_state.json holds step count and table, so
+    resume_from_checkpoint continues as exactly as the Trainer itself; a collator that draws random masks does not, see
+    docs/recipes.md. Raises ValueError for settings of the Trainer that do not work with token dropping.
     """
 
     def __init__(self, config: ScTDConfig | Mapping[str, Any] | None = None) -> None:
@@ -103,8 +104,8 @@ class ScTDCallback(TrainerCallback, ExportableState):
         self._start(args, parts["model"], parts.get("processing_class"))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """Check what the Trainer has become by now, and take up the table of the checkpoint that it resumed from."""
-        # A Trainer that restores callbacks from a checkpoint makes a new one, which saw no on_init_end.
+        """Check the Trainer's settings, and restore step count and table from the checkpoint that it resumes."""
+        # A Trainer that restores callbacks from a checkpoint creates a new one, which received no on_init_end.
         clock = self.clock or self._start(args, parts["model"], parts.get("processing_class"))
         if args.n_gpu > 1:
             raise ConfigError(
@@ -113,33 +114,33 @@ class ScTDCallback(TrainerCallback, ExportableState):
             )
         if args.label_smoothing_factor:
             raise ConfigError(
-                "label_smoothing_factor takes the loss outside the model, from logits that a training forward with token "
+                "label_smoothing_factor computes the loss outside the model, from logits that a training forward with token "
                 "dropping does not have: set it to 0"
             )
-        # Read off the checkpoint, where it has us; else our place in the next one, which the Trainer expects to be there.
-        callbacks = cast(dict[str, Any], state.stateful_callbacks)  # states by class name, once the Trainer is made
+        # The Trainer's constructor fills this with states by class name, and saving expects an entry for each callback.
+        callbacks = cast(dict[str, Any], state.stateful_callbacks)
         saved = callbacks.setdefault(type(self).__name__, {})
         if not state.global_step:
             return
         saved = saved[-1] if isinstance(saved, list) else saved
         if "saved" not in saved.get("attributes", {}):
-            logger.warning("the checkpoint holds no importance table (a dense run's?): the table starts anew")
+            logger.warning("the checkpoint holds no importance table (from a dense run?): the table starts from scratch")
             clock.applied_steps = state.global_step
             return
         clock.load_state_dict(_decode(saved["attributes"]["saved"]))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """Set what the optimizer step does."""
+        """Set the optimizer step's mode."""
         assert self.clock is not None
         self.clock.begin()
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """Learn from the step."""
+        """Update the importance table."""
         assert self.clock is not None
         self.clock.end(skipped=bool(getattr(parts["optimizer"], "step_was_skipped", False)))
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer stores in trainer_state.json: settings, count and table."""
+        """The content of trainer_state.json: settings, step count and table."""
         config = None if self._config is None else self._config.model_dump()
         attributes = {} if self.clock is None else {"saved": _encode(self.clock.state_dict())}
         return {"args": {"config": config}, "attributes": attributes}
@@ -166,11 +167,13 @@ class ScTDCallback(TrainerCallback, ExportableState):
 
 
 def _encode(value: Any) -> Any:
-    """Tensors in nested dicts as JSON: type, and the bytes in base64, which keeps every bit of an fp32 table."""
+    """JSON for nested dicts with tensors: dtype, and bytes in base64, which preserves every bit of an fp32 table."""
     if isinstance(value, Tensor):
         array = value.numpy()
         return {"dtype": str(array.dtype), "base64": base64.b64encode(array.tobytes()).decode("ascii")}
-    return {key: _encode(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {key: _encode(inner) for key, inner in value.items()}
+    return value
 
 
 def _decode(value: Any) -> Any:

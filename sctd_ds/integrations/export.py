@@ -1,4 +1,4 @@
-"""A plain Hugging Face folder out of a training engine or model, with the importance table beside the weights."""
+"""Export of an engine or model to a plain Hugging Face folder, with the importance table in a file of its own."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from sctd_ds.method.convert import is_converted, state_of
 
 IMPORTANCE = "importance.safetensors"
-"""In an exported folder: "scores", [V] fp32 on the CPU, and as metadata the method's drop_ratio and importance policy."""
+"""A file of an exported folder: tensor "scores", [V] fp32, and as metadata the drop ratio and the importance policy."""
 
 
 @dataclass(frozen=True)
 class ImportanceTable:
-    """What a run had learned of its vocabulary: scores [V] fp32, by which policy, and the share of the tokens it dropped."""
+    """A run's learned scores [V] fp32, the importance policy that learned them, and the share of dropped tokens."""
 
     scores: Tensor
     drop_ratio: float
@@ -31,15 +31,14 @@ class ImportanceTable:
 def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card: str | None = None) -> Path:
     """Write a folder that AutoModelForMaskedLM.from_pretrained loads: fp32 weights, config, and tokenizer and card if given.
 
-    A model that drops tokens by a learned table gets this too, see `read_importance`. With an engine every rank must call
-    this (ZeRO keeps the fp32 weights in shares); rank 0 writes. The folder appears whole or not at all, and replaces one of
-    the same name.
+    A learned importance table is written as well, see `read_importance`. With an engine, every rank must call this, because
+    ZeRO shards the fp32 weights; rank 0 writes. The folder appears complete or not at all, and replaces an existing one.
     """
     folder = Path(folder)
     model = _plain(engine_or_model)
     weights = full_precision_state(engine_or_model)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        # A fresh module of the plain class: no instance state of ours, and a config whose dtype is that of the weights.
+        # A fresh module of the plain class has no ScTD state, and a config with the dtype of the weights.
         with torch.random.fork_rng(devices=[]):
             plain = type(model)(model.config)
         plain.load_state_dict(weights)
@@ -60,9 +59,9 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
 
 
 def read_importance(folder: str | Path) -> ImportanceTable | None:
-    """The table of an exported folder; None where there is none: a dense model, one that dropped at random, or not ours.
+    """The table of an exported folder; None for a model without one: dense, with random dropping, or from another tool.
 
-    Raises ValueError for a file that is damaged or not one of ours.
+    Raises ValueError for a file that is damaged or is no importance table.
     """
     file = Path(folder) / IMPORTANCE
     if not file.is_file():
@@ -72,16 +71,16 @@ def read_importance(folder: str | Path) -> ImportanceTable | None:
             about = content.metadata() or {}
             return ImportanceTable(content.get_tensor("scores"), float(about["drop_ratio"]), about["importance"])
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{file}: not an importance table that can be read ({error}); export the model again") from None
+        raise ValueError(f"{file}: not an importance table, or damaged ({error}); export the model again") from None
 
 
 def full_precision_state(engine_or_model: Any) -> dict[str, torch.Tensor]:
-    """The state_dict in fp32 on the CPU: from the optimizer's master weights where there are any. Collective on an engine.
+    """The state_dict in fp32 on the CPU, from the optimizer's master weights if there are any. Collective on an engine.
 
-    A pipeline's is complete on rank 0; elsewhere it may hold the rank's own share.
+    For a pipeline it is complete on rank 0; other ranks may get only the weights of their stage.
     """
     model = _plain(engine_or_model)
-    # A pipeline's rank has released the weights of other stages.
+    # The ranks of a pipeline have released the weights of other stages.
     state = {name: value.detach() for name, value in model.state_dict().items() if not value.is_meta}
     if hasattr(engine_or_model, "module"):
         from deepspeed.utils import safe_get_full_fp32_param
@@ -104,6 +103,6 @@ def _write_importance(engine_or_model: Any, folder: Path) -> None:
 
 
 def _plain(engine_or_model: Any) -> Any:
-    """The Hugging Face model inside an engine, a pipeline, or neither."""
+    """The Hugging Face model itself, out of an engine or a pipeline."""
     model: nn.Module = getattr(engine_or_model, "module", engine_or_model)
     return getattr(model, "plain_model", model)

@@ -71,8 +71,10 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
     return ranks.on_all(load)
 
 
-def make_batches(run: RunConfig, packed: data.PackedData, rank: int) -> tuple[data.Loader, Callable[[], Iterator[data.Batch]]]:
-    """This rank's training batches, and a function that returns its validation batches, the same ones each time."""
+def make_batches(
+    run: RunConfig, packed: data.PackedData, rank: int
+) -> tuple[data.Loader, Callable[[], Iterator[data.MicroBatch]]]:
+    """This rank's training batches, and a function that gives its validation batches, the same ones each time."""
     options = run.pretrain
     masker = data.Masker(packed.tokenizer, options.seed, options.mlm_probability)
     # DeepSpeed numbers ranks stage by stage; all stages of a pipeline read the same rows.

@@ -1,9 +1,9 @@
-"""What the kernel tests share: where they run, random routings, layouts of a tensor, and how good is good enough.
+"""Helpers of the kernel tests: the device, random routings, layouts of a tensor, and the accepted error.
 
-They run on the GPU if there is one, else in triton's interpreter on the CPU: the same tests. The interpreter must be chosen
-before triton is imported, which transformers and DeepSpeed do too, so a test file imports this one before `sctd_kernels`, and
-pytest collects this folder before the test files beside it. (A conftest.py here would hide the one above from the tests that
-import from it.)
+The tests run on the GPU if there is one, else in triton's interpreter on the CPU. The interpreter must be selected before the
+import of triton, which transformers and DeepSpeed import, too. So a test file imports this one before `sctd_kernels`, and
+pytest collects this folder before the other test files. (A conftest.py here would hide the one above from the tests that
+import it.)
 """
 
 import os
@@ -33,9 +33,9 @@ random_shapes = settings(
 
 @pytest.fixture(autouse=True)
 def clean_slate(monkeypatch):
-    """Seeded generators, and new memory that holds NaN, or the largest integer, so that what a kernel leaves unwritten shows.
+    """Seeded generators, and new memory filled with NaN or the largest integer, which exposes what a kernel does not write.
 
-    A test file gets it by importing it.
+    A test file activates it by importing it.
     """
     torch.manual_seed(0)
 
@@ -63,7 +63,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) 
 
 
 def random_routing(B: int, S: int, K: int) -> tuple[Tensor, Tensor]:
-    """kept and slot of a random choice, made without the code under test."""
+    """kept and slot of a random selection, without the code under test."""
     kept = torch.stack([torch.randperm(S)[:K].sort().values for _ in range(B)]) if B else torch.empty(0, K)
     slot = torch.full((B, S), -1)
     for b, k in torch.cartesian_prod(torch.arange(B), torch.arange(K)).tolist():
@@ -79,25 +79,25 @@ LAYOUTS = {
     "first dimensions swapped": lambda x: x.transpose(0, -2).contiguous().transpose(0, -2),
     "last dimensions swapped": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
 }
-"""The same values in other memory."""
+"""The same values in another memory layout."""
 
 
-def assert_as_good_as_torch(name: str, kernel: Tensor, twin: Tensor, truth: Tensor, scale: float | None = None) -> None:
-    """Compare a kernel's result and torch's with the truth, which is the twin in float64.
+def assert_as_good_as_torch(name: str, kernel: Tensor, torch_result: Tensor, truth: Tensor, scale: float | None = None) -> None:
+    """Compare the errors of the kernel's and torch's results. truth: the reference in float64.
 
-    Beyond torch's own error the kernel may err by some float32 roundings of numbers of size `scale` (by default the largest of
-    `truth`), and by one rounding to a 16-bit result's dtype.
+    In addition to torch's own error, the kernel may have the error of some float32 roundings of numbers of size `scale` (by
+    default the largest of `truth`), and of one rounding to a 16-bit result's dtype.
     """
-    assert (kernel.shape, kernel.dtype) == (twin.shape, twin.dtype), f"{name}: {kernel.shape}, {kernel.dtype}"
+    assert (kernel.shape, kernel.dtype) == (torch_result.shape, torch_result.dtype), f"{name}: {kernel.shape}, {kernel.dtype}"
     last_rounding = 0.0 if kernel.dtype == torch.float32 else torch.finfo(kernel.dtype).eps / 2
     if kernel.dtype == torch.bfloat16 and DEVICE == "cpu":
-        last_rounding *= 2  # triton's interpreter cuts the last bits off where a GPU rounds
-    kernel, twin, truth = (t.detach().double().flatten() for t in (kernel, twin, truth))
+        last_rounding *= 2  # triton's interpreter truncates the last bits, while a GPU rounds
+    kernel, torch_result, truth = (t.detach().double().flatten() for t in (kernel, torch_result, truth))
     scale = truth.abs().max().item() if scale is None else scale
-    allowed = (twin - truth).abs() + last_rounding * truth.abs() + 16 * torch.finfo(torch.float32).eps * scale
+    allowed = (torch_result - truth).abs() + last_rounding * truth.abs() + 16 * torch.finfo(torch.float32).eps * scale
     excess = ((kernel - truth).abs() - allowed).nan_to_num(nan=float("inf"))
     worst = excess.argmax()
     assert excess[worst] <= 0, (
-        f"{name}[{worst}]: the kernel says {kernel[worst]}, torch {twin[worst]}, the truth is {truth[worst]}:"
-        f" {excess[worst]} more than torch's error and rounding explain"
+        f"{name}[{worst}]: the kernel computes {kernel[worst]}, torch {torch_result[worst]}, the truth is {truth[worst]}:"
+        f" {excess[worst]} above torch's error and rounding"
     )

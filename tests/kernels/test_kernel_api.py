@@ -89,11 +89,11 @@ BAD_ARGUMENTS = [
     ("gather_tokens", "kept", torch.Tensor.long, "kept must be int32, got int64: cast it"),
     ("gather_tokens", "slot", torch.Tensor.long, "slot must be int32, got int64: cast it"),
     ("gather_tokens", "kept", one_more, r"kept must be \[2, K\] with 1 <= K <= 6"),
-    ("gather_tokens", "kept", lambda x: x.repeat(1, 3), r"kept must be \[2, K\] with 1 <= K <= 6, as x is, got \[2, 9\]"),
+    ("gather_tokens", "kept", lambda x: x.repeat(1, 3), r"kept must be \[2, K\] with 1 <= K <= 6 to match x, got \[2, 9\]"),
     ("gather_tokens", "slot", one_more, r"slot must be \[2, 6\] like the first two dimensions of x, got \[3, 6\]"),
     ("gather_tokens", "kept", elsewhere, "kept is on meta but x is on"),
     ("merge_tokens", "y", half, "y must be float32, got float16"),
-    ("merge_tokens", "y", one_more, r"y must be \[2, 3, 8\] as kept and x say, got \[3, 3, 8\]"),
+    ("merge_tokens", "y", one_more, r"y must be \[2, 3, 8\] to match kept and x, got \[3, 3, 8\]"),
     ("merge_tokens", "y", elsewhere, "y is on meta but x is on"),
     ("softmax_kl", "teacher", flat, r"teacher must be \[N, D\], got \[16\]"),
     ("softmax_kl", "student", half, "student must be float32, got float16"),
@@ -331,7 +331,7 @@ def test_the_host_never_waits():
 
 
 @gpu
-def test_twins_never_make_the_host_wait():
+def test_references_never_make_the_host_wait():
     calls = valid_arguments()
     torch.cuda.set_sync_debug_mode("error")
     try:

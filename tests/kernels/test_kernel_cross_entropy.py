@@ -1,4 +1,4 @@
-"""token_cross_entropy: losses and gradients against the twin in float64, and what overwriting the logits may and may not do."""
+"""token_cross_entropy: losses and gradients against the reference in float64, and the effects of overwriting the logits."""
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ def check(logits, labels, overwrite=False):
         loss = token_cross_entropy(x * 1, labels, overwrite_logits=overwrite, backend=backend)
         results.append((loss, *torch.autograd.grad(loss, x, grad.to(loss.dtype))))
     scale = max(1.0, logits.abs().max().item())
-    for name, kernel, twin, truth in zip(("loss", "d logits"), *results, strict=True):
-        assert_as_good_as_torch(name, kernel, twin, truth, scale)
+    for name, kernel, torch_result, truth in zip(("loss", "d logits"), *results, strict=True):
+        assert_as_good_as_torch(name, kernel, torch_result, truth, scale)
         assert kernel[labels == -100].eq(0).all(), name
 
 
@@ -131,7 +131,7 @@ class TestOverwriting:
         assert torch.equal(overwriting, plain)
 
 
-def test_twin_is_right():
+def test_reference_is_right():
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 6, -100, 3, 3])
     losses = reference.token_cross_entropy(logits, labels)

@@ -1,4 +1,4 @@
-"""softmax_kl: the kernel against the twin in float64, and the twin against finite differences and torch's own KL."""
+"""softmax_kl: the kernel against the reference in float64, and the reference against finite differences and torch's KL."""
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ def check(teacher, student):
     inputs = [x.detach().double() for x in (teacher, student)]
     spread = max(1.0, *((x.amax(1) - x.amin(1)).max().item() for x in inputs))
     largest = max(x.softmax(1).max().item() for x in inputs) * grad.abs().max().item()
-    for name, kernel, twin, truth in zip(("kl", "d teacher", "d student"), *results, strict=True):
-        assert_as_good_as_torch(name, kernel, twin, truth, spread if name == "kl" else spread * largest)
+    for name, kernel, torch_result, truth in zip(("kl", "d teacher", "d student"), *results, strict=True):
+        assert_as_good_as_torch(name, kernel, torch_result, truth, spread if name == "kl" else spread * largest)
 
 
 def test_example():
@@ -91,11 +91,11 @@ def test_expanded_gradient():
     student = random(3, 50, grad=True)
     teacher = random(3, 50)
     (kernel,) = torch.autograd.grad(softmax_kl(teacher, student, backend="triton").sum(), student)
-    (twin,) = torch.autograd.grad(softmax_kl(teacher, student, backend="torch").sum(), student)
-    torch.testing.assert_close(kernel, twin)
+    (expected,) = torch.autograd.grad(softmax_kl(teacher, student, backend="torch").sum(), student)
+    torch.testing.assert_close(kernel, expected)
 
 
-def test_twin_is_right():
+def test_reference_is_right():
     teacher = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     student = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     torch_kl = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True).sum(1)

@@ -1,10 +1,10 @@
-"""The model trains the same through the kernels as through their twins: what the main job relies on."""
+"""A model trains equally with the kernels and with their references, as the main job requires."""
 
 import copy
 
 import torch
 
-from kernel_support import DEVICE  # isort: skip  (chooses the interpreter, so it stands before what imports triton)
+from kernel_support import DEVICE  # isort: skip  (selects the interpreter, before anything imports triton)
 import sctd_kernels.api
 from transformers import BertConfig, BertForMaskedLM
 
@@ -38,8 +38,16 @@ def train(model, kernels, monkeypatch):
 
 def test_training_through_kernels_is_training_through_their_references(monkeypatch):
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
-                        max_position_embeddings=LENGTH, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=LENGTH,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     settings = sctd_ds.ScTDConfig(keep_token_ids=[1, 2, 3, 4], labels_per_row=3, kl_weight=5.0)
     model = sctd_ds.convert(BertForMaskedLM(config).to(DEVICE), settings)
     plain = copy.deepcopy(model)

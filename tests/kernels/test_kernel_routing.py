@@ -1,4 +1,4 @@
-"""gather_tokens and merge_tokens: copies, so outputs and gradients equal the twins' bit for bit."""
+"""gather_tokens and merge_tokens are copies, so outputs and gradients equal the references' bit for bit."""
 
 import pytest
 import torch
@@ -30,9 +30,9 @@ def check(B, S, K, D, dtype, layout=LAYOUTS["dense"]):
     routing = random_routing(B, S, K)
     x, y, dy, dz = (layout(random(B, n, D, dtype=dtype)) for n in (S, K, K, S))
     x.requires_grad_(), y.requires_grad_()
-    twins = results("torch", x, y, routing, dy, dz)
-    for (name, kernel), (_, twin) in zip(results("triton", x, y, routing, dy, dz), twins, strict=True):
-        assert kernel.dtype == dtype and torch.equal(kernel, twin), name
+    expected = results("torch", x, y, routing, dy, dz)
+    for (name, kernel), (_, copied) in zip(results("triton", x, y, routing, dy, dz), expected, strict=True):
+        assert kernel.dtype == dtype and torch.equal(kernel, copied), name
 
 
 def test_example():
@@ -90,7 +90,7 @@ def test_kernel_gradients_are_differentiable():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 2, 3), (1, 4, 4, 2)], ids=str)
-def test_twins_are_right(shape):
+def test_references_are_right(shape):
     """Values by Python loops, gradients by finite differences."""
     B, S, K, D = shape
     kept, slot = random_routing(B, S, K)

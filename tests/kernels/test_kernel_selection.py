@@ -1,4 +1,4 @@
-"""select_tokens: the kernel against its twin, and the twin against a sort in Python."""
+"""select_tokens: the kernel against its reference, and the reference against a sort in Python."""
 
 import math
 
@@ -23,8 +23,8 @@ def best_by_sorting(scores, ids, keep, mask):
 
 def check(scores, ids, keep, mask=None):
     kept, slot = select_tokens(scores, ids, keep, mask, backend="triton")
-    twin_kept, twin_slot = reference.select_tokens(scores, ids, keep, mask)
-    assert torch.equal(kept, twin_kept) and torch.equal(slot, twin_slot)
+    expected_kept, expected_slot = reference.select_tokens(scores, ids, keep, mask)
+    assert torch.equal(kept, expected_kept) and torch.equal(slot, expected_slot)
     assert kept.dtype == slot.dtype == torch.int32
     for b in range(ids.shape[0]):
         expected = best_by_sorting(scores.tolist(), ids[b].tolist(), keep, None if mask is None else mask[b].tolist())
