@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from families import FAMILIES, build, rows
 from torch import nn
 
 import sctd_ds
+from helpers.families import FAMILIES, build, rows
 from sctd_ds.integrations import apex
 
 NORMALIZATION = """

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import deepspeed
 import pytest
-from conftest import ROOT, settings
 from transformers import BertConfig
 
+from helpers import ROOT
+from helpers.runs import settings
 from sctd_ds import ConfigError, ScTDConfig, config, deepspeed_json
 from sctd_ds.run import job
 

@@ -6,7 +6,8 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT
+
+from helpers import ROOT
 
 # What each module of sctd_ds may import of ours, at import time. Later ones build on earlier ones; there are no cycles.
 ORDER = [

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Batch, Method, Sizes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 from transformers.modeling_outputs import MaskedLMOutput
 
 import sctd_ds
+from helpers import oracle
+from helpers.oracle import Batch, Method, Sizes
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB, WIDTH, HEADS, POSITIONS = 61, 32, 2, 40

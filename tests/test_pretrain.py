@@ -13,68 +13,60 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, launch, launch_command, launch_environment, settings, write_settings
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, DistilBertConfig, RobertaConfig, RobertaForMaskedLM
 
-sys.path.insert(0, str(ROOT))
-
 import pretrain
 import sctd_ds
+from helpers import ROOT
+from helpers.launch import launch, launch_command, launch_environment
+from helpers.runs import (
+    EPOCH,
+    INTERVAL,
+    STEPS,
+    assert_same_end,
+    continue_run,
+    records,
+    settings,
+    train_whole_run,
+    write_settings,
+)
+from helpers.scenarios import run_scenarios, scenario
 from sctd_ds import data
 from sctd_ds.engine import checkpoint
 from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.integrations.export import read_importance
 from sctd_ds.run import job, metrics, models
 
-INTERVAL, EPOCH = 4, 5  # steps; see conftest
 RESUMED = (1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * EPOCH)
-
-
-def records(run: Path) -> list[dict]:
-    timing = ("step_ms", "tokens_per_s")
-    return [{k: v for k, v in r.items() if k not in timing} for r in metrics.read(run / "metrics.jsonl")]
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    """Losses, rates, norms and validations of every step, and every tensor of the last checkpoint: bit for bit."""
-    assert records(one) == records(other)
-    last = sorted((one / "checkpoints").glob("step_*"))[-1].name
-    files = sorted(p.name for p in (one / "checkpoints" / last).glob("*.pt"))
-    assert files == sorted(p.name for p in (other / "checkpoints" / last).glob("*.pt")) and len(files) >= 3
-    for file in files:
-        a, b = (torch.load(run / "checkpoints" / last / file, weights_only=False) for run in (one, other))
-        assert_equal(a, b, file)
-
-
-def assert_equal(a, b, where):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}:{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}:{i}")
-    elif isinstance(a, int | float | str | bool | None):
-        assert a == b, where
+"""Steps whose checkpoints a run continues from: around an align step, and at the end of an epoch."""
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
-def resumed(request, small_data, tmp_path_factory):
+def rank(request, small_data, tmp_path_factory):
+    """The first rank of a launch of the next two scenarios."""
     folder = tmp_path_factory.mktemp(f"resume{request.param}")
-    config = write_settings(folder / "mini.json")
-    done = launch(ROOT / "tests" / "resume_scenarios.py", config, small_data, folder, *RESUMED, ranks=request.param)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return folder
+    write_settings(folder / "mini.json", pretrain={"data": str(small_data)})
+    return run_scenarios(__name__, folder, ranks=request.param)[0]
+
+
+@scenario
+def whole(here):
+    """A run that never stops."""
+    train_whole_run(here.folder / "mini.json", here.folder / "whole")
+    return str(here.folder / "whole")
+
+
+@scenario(cases=RESUMED)
+def resumed(here, step):
+    continue_run(here.folder / "mini.json", here.folder / "whole", here.folder / f"from_{step}", step)
+    return str(here.folder / f"from_{step}")
 
 
 @pytest.mark.parametrize("step", RESUMED)
-def test_resumed_run_is_the_run_that_never_stopped(resumed, step):
-    assert_same_end(resumed / "whole", resumed / f"from_{step}")
+def test_resumed_run_is_the_run_that_never_stopped(rank, step):
+    assert_same_end(Path(rank(whole)), Path(rank(resumed, step)))
 
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -99,10 +91,10 @@ def test_resumed_run_in_16_bits_is_the_run_that_never_stopped(small_data, tmp_pa
     assert_same_end(whole, continued)
 
 
-def test_run_writes_what_it_promises(resumed):
-    run = resumed / "whole"
+def test_run_writes_what_it_promises(rank):
+    run = Path(rank(whole))
     train = [r for r in metrics.read(run / "metrics.jsonl") if r["event"] == "train"]
-    assert [r["kind"] for r in train] == ["align" if t % INTERVAL == 0 else "drop" for t in range(1, 15)]
+    assert [r["kind"] for r in train] == ["align" if t % INTERVAL == 0 else "drop" for t in range(1, STEPS + 1)]
     wanted = "step kind loss ce_drop lr grad_norm loss_scale step_ms tokens_per_s kept_token_share".split()
     assert all(key in r for r in train for key in wanted)
     assert all(("ce_full" in r and "kl_last" in r and "kl_previous" in r) == (r["kind"] == "align") for r in train)
@@ -541,11 +533,12 @@ def test_bad_input_is_one_clear_message_and_exit_2(mini, capsys, change, message
 
 
 def test_help_names_every_option():
-    done = subprocess.run([sys.executable, "pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True,
-                          env={**os.environ, "COLUMNS": "120"})  # fmt: skip
+    command = [sys.executable, "pretrain.py", "--help"]
+    wide = {**os.environ, "COLUMNS": "120"}
+    done = subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, check=True)
     for option in ("--deepspeed_config", "--data", "--output", "--resume", "--set", "--allow-change", "--dry-run"):
         assert option in done.stdout
 
 
-def test_small_settings_are_what_the_tests_say():
-    assert settings()["sctd"]["interval"] == INTERVAL
+def test_small_data_has_the_epoch_that_the_tests_count_on(small_data):
+    assert len(data.load(small_data).train) == EPOCH * settings()["train_batch_size"]

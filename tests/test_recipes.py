@@ -6,11 +6,11 @@ import sys
 
 import deepspeed
 import pytest
-from conftest import ROOT
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import nn
 
 import sctd_ds
+from helpers import ROOT
 from sctd_ds import doctor as recipes
 
 SPARSE = {"mode": "fixed", "block": 16, "attention": "bidirectional"}

@@ -2,13 +2,12 @@
 
 import copy
 
-import torch
-
-from kernel_support import DEVICE  # isort: skip  (chooses the interpreter, so it stands before what imports triton)
 import sctd_kernels.api
+import torch
 from transformers import BertConfig, BertForMaskedLM
 
 import sctd_ds
+from helpers.kernels import DEVICE
 
 STEPS, ROWS, LENGTH = 4, 2, 12
 

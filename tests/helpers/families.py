@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import recipe_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +29,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+
+from helpers import recipe_models
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 KEPT_IDS = [UNK, CLS, SEP, MASK]

@@ -1,13 +1,5 @@
-"""What the kernel tests share: where they run, random routings, layouts of a tensor, and how good is good enough.
+"""What the kernel tests share: random routings, the layouts of a tensor, and how good is good enough."""
 
-They run on the GPU if there is one, else in triton's interpreter on the CPU: the same tests. The interpreter must be chosen
-before triton is imported, which transformers and DeepSpeed do too, so a test file imports this one before `sctd_kernels`, and
-pytest collects this folder before the test files beside it. (A conftest.py here would hide the one above from the tests that
-import from it.)
-"""
-
-import os
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,40 +9,11 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-if DEVICE == "cpu":
-    if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
-        raise pytest.UsageError(
-            "triton was imported before the kernel tests could choose its interpreter: run `pytest tests/kernels` on its own"
-        )
-    os.environ["TRITON_INTERPRET"] = "1"
-
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 random_shapes = settings(
     deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@pytest.fixture(autouse=True)
-def clean_slate(monkeypatch):
-    """Seeded generators, and new memory that holds NaN, or the largest integer, so that what a kernel leaves unwritten shows.
-
-    A test file gets it by importing it.
-    """
-    torch.manual_seed(0)
-
-    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def allocate_poisoned(*args, **kwargs):
-            out = allocate(*args, **kwargs)
-            if type(out) is Tensor and out.dtype != torch.bool:
-                out.detach().fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
-            return out
-
-        return allocate_poisoned
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
 
 
 def gpu(test: Callable) -> Callable:
@@ -82,22 +45,22 @@ LAYOUTS = {
 """The same values in other memory."""
 
 
-def assert_as_good_as_torch(name: str, kernel: Tensor, twin: Tensor, truth: Tensor, scale: float | None = None) -> None:
-    """Compare a kernel's result and torch's with the truth, which is the twin in float64.
+def assert_as_good_as_torch(name: str, kernel: Tensor, reference: Tensor, truth: Tensor, scale: float | None = None) -> None:
+    """Compare a kernel's result and its torch reference's with the truth, which is the reference in float64.
 
     Beyond torch's own error the kernel may err by some float32 roundings of numbers of size `scale` (by default the largest of
     `truth`), and by one rounding to a 16-bit result's dtype.
     """
-    assert (kernel.shape, kernel.dtype) == (twin.shape, twin.dtype), f"{name}: {kernel.shape}, {kernel.dtype}"
+    assert (kernel.shape, kernel.dtype) == (reference.shape, reference.dtype), f"{name}: {kernel.shape}, {kernel.dtype}"
     last_rounding = 0.0 if kernel.dtype == torch.float32 else torch.finfo(kernel.dtype).eps / 2
     if kernel.dtype == torch.bfloat16 and DEVICE == "cpu":
         last_rounding *= 2  # triton's interpreter cuts the last bits off where a GPU rounds
-    kernel, twin, truth = (t.detach().double().flatten() for t in (kernel, twin, truth))
+    kernel, reference, truth = (t.detach().double().flatten() for t in (kernel, reference, truth))
     scale = truth.abs().max().item() if scale is None else scale
-    allowed = (twin - truth).abs() + last_rounding * truth.abs() + 16 * torch.finfo(torch.float32).eps * scale
+    allowed = (reference - truth).abs() + last_rounding * truth.abs() + 16 * torch.finfo(torch.float32).eps * scale
     excess = ((kernel - truth).abs() - allowed).nan_to_num(nan=float("inf"))
     worst = excess.argmax()
     assert excess[worst] <= 0, (
-        f"{name}[{worst}]: the kernel says {kernel[worst]}, torch {twin[worst]}, the truth is {truth[worst]}:"
+        f"{name}[{worst}]: the kernel says {kernel[worst]}, torch {reference[worst]}, the truth is {truth[worst]}:"
         f" {excess[worst]} more than torch's error and rounding explain"
     )
