@@ -199,11 +199,11 @@ def test_a_sentence_without_label_has_no_sentence_loss():
     (items,), kwargs = family.arguments(batch)
     losses = []
     for labels in (torch.tensor([0, 1, 0]), torch.tensor([0, 1, -1])):
-        model = converted(build(family), "dense")
-        losses.append((model((*items[:4], labels, items[5]), **kwargs), build(family)((*items[:4], labels, items[5]))))
-    for ours, theirs in losses:
-        assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
-    assert losses[0][0].item() != pytest.approx(losses[1][0].item(), rel=1e-3)
+        batch = (*items[:4], labels, items[5])
+        loss = converted(build(family), "dense")(batch, **kwargs).item()
+        assert loss == pytest.approx(build(family)(batch).item(), rel=1e-9)
+        losses.append(loss)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
 # What conversion leaves alone
@@ -221,8 +221,8 @@ def test_evaluation_and_state_dict_are_untouched(family):
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     with torch.no_grad():
-        ours, theirs = (family.eval_outputs(each.eval()(*args, **kwargs)) for each in (model, plain))
-    assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+        outputs, expected = (family.eval_outputs(each.eval()(*args, **kwargs)) for each in (model, plain))
+    assert len(outputs) == len(expected) and all(map(torch.equal, outputs, expected))
 
 
 @every_family
@@ -230,24 +230,24 @@ def test_training_returns_the_models_own_type(family):
     args, kwargs = family.arguments(rows())
     plain = build(family)(*args, **kwargs)
     for mode in ("dense", "drop", "align"):
-        ours = converted(build(family), mode)(*args, **kwargs)
-        assert type(ours) is type(plain) and isinstance(ours, family.returns)
+        output = converted(build(family), mode)(*args, **kwargs)
+        assert type(output) is type(plain) and isinstance(output, family.returns)
         if isinstance(plain, tuple):
-            assert [type(x) for x in ours] == [type(x) for x in plain]
-            assert [x.shape for x in ours if isinstance(x, Tensor)] == [x.shape for x in plain if isinstance(x, Tensor)]
+            assert [type(x) for x in output] == [type(x) for x in plain]
+            assert [x.shape for x in output if isinstance(x, Tensor)] == [x.shape for x in plain if isinstance(x, Tensor)]
 
 
 @every_family
 def test_weights_travel_both_ways_with_strict_loading(family):
-    dense, ours = build(family), converted(build(family), "drop")
+    dense, model = build(family), converted(build(family), "drop")
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.mul_(0.5)
-    scores = sctd_ds.importance(ours).scores.clone()
-    ours.load_state_dict(dense.state_dict(), strict=True)
-    assert torch.equal(sctd_ds.importance(ours).scores, scores)
+    scores = sctd_ds.importance(model).scores.clone()
+    model.load_state_dict(dense.state_dict(), strict=True)
+    assert torch.equal(sctd_ds.importance(model).scores, scores)
     fresh = build(family)
-    fresh.load_state_dict(ours.state_dict(), strict=True)
+    fresh.load_state_dict(model.state_dict(), strict=True)
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), dense.parameters(), strict=True))
 
 
@@ -291,7 +291,7 @@ def test_the_trainers_count_of_labels_replaces_the_batchs_own():
 # Finding the family
 
 
-def test_every_adapter_has_a_family_here_and_the_order_of_the_table_does_not_matter_to_it():
+def test_every_adapter_has_a_family_here_and_does_not_depend_on_the_tables_order():
     found = {type(sctd_ds.convert(build(family)).__dict__["_sctd"].adapter): family.name for family in FAMILIES}
     assert set(found) == set(ADAPTERS)
     for family in FAMILIES:
@@ -335,8 +335,8 @@ def adapters():
     ADAPTERS[:] = before
 
 
-def test_a_family_of_ones_own(adapters):
-    """As in docs/recipes.md: a model of the user's, whose layers are used as they are."""
+def test_a_users_own_family(adapters):
+    """As in docs/recipes.md: a user's model, whose layers are used as they are."""
 
     class Mine(nn.Module):
         def __init__(self):
@@ -372,9 +372,9 @@ def test_a_family_of_ones_own(adapters):
             return {"my_loss": loss}
 
     batch = rows((17, 17))
-    theirs = converted(build(family_named("BertForMaskedLM")), "align")(input_ids=batch.ids, labels=batch.labels).loss
-    ours = converted(Mine(), "align")(tokens=batch.ids, targets=batch.labels)["my_loss"]
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    expected = converted(build(family_named("BertForMaskedLM")), "align")(input_ids=batch.ids, labels=batch.labels).loss
+    loss = converted(Mine(), "align")(tokens=batch.ids, targets=batch.labels)["my_loss"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_only_adapters_can_be_registered(adapters):
@@ -510,11 +510,11 @@ def test_converting_twice_replaces_the_settings_and_keeps_the_table():
     assert_as_expected(family, model, rows(), "align")
 
 
-def test_converting_again_keeps_what_was_wrapped_around_and_reverting_refuses_to_lose_it():
+def test_converting_again_keeps_a_wrapped_forward_and_reverting_refuses_to_lose_it():
     """Accelerate puts autocast around the forward of the object."""
     model = converted(build(family_named("BertForMaskedLM")), "drop")
-    ours, calls = model.forward, []
-    model.forward = lambda *args, **kwargs: calls.append(1) or ours(*args, **kwargs)
+    forward, calls = model.forward, []
+    model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     sctd_ds.convert(model, sctd_ds.ScTDConfig(keep_token_ids=KEPT_IDS))
     model(**family_named("BertForMaskedLM").arguments(rows())[1])
     assert calls == [1]
@@ -526,8 +526,8 @@ def test_converting_again_keeps_what_was_wrapped_around_and_reverting_refuses_to
 def test_reverting_gives_the_plain_model_back(family):
     args, kwargs = family.arguments(rows())
     model = sctd_ds.revert(converted(build(family), "drop"))
-    ours, theirs = (family.eval_outputs(each(*args, **kwargs)) for each in (model, build(family)))
-    assert all(map(torch.equal, ours, theirs))
+    outputs, expected = (family.eval_outputs(each(*args, **kwargs)) for each in (model, build(family)))
+    assert all(map(torch.equal, outputs, expected))
     assert not {"forward", "_sctd"} & set(vars(model))
     with pytest.raises(ValueError, match="not converted"):
         sctd_ds.revert(model)

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+from transformers import AutoModelForMaskedLM
 
 import sctd_ds
+from helpers.bert import small_bert
 from helpers.scenarios import run_scenarios, scenario
 from sctd_ds.engine import ranks
 from sctd_ds.engine.checkpoint import _placed
@@ -34,10 +35,7 @@ def rank(request, launches):
 
 def make_engine(*, accumulation=2, zero=2, bf16=False, fp16=None, **method):
     """A tiny model in the engine. fp16: exponent of the first loss scale."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes, **no_dropout))
+    model = small_bert(vocab_size=VOCABULARY, max_position_embeddings=LENGTH)
     settings = {
         "train_batch_size": BATCH,
         "gradient_accumulation_steps": accumulation,

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 
 import sctd_ds
+from helpers.bert import small_bert
 from sctd_ds import ConfigError, ScTDConfig
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 
@@ -57,10 +58,9 @@ TOY = Shape(layers=7, hidden=32, intermediate=80, vocabulary=96, length=24, labe
 ROWS = 4
 
 
-def toy_model(layers: int = TOY.layers) -> BertForMaskedLM:
+def toy_model() -> BertForMaskedLM:
     sizes = {"hidden_size": TOY.hidden, "intermediate_size": TOY.intermediate, "vocab_size": TOY.vocabulary}
-    limits = {"num_hidden_layers": layers, "num_attention_heads": 2, "max_position_embeddings": TOY.length}
-    return BertForMaskedLM(BertConfig(**sizes, **limits)).train()
+    return small_bert(**sizes, num_hidden_layers=TOY.layers, max_position_embeddings=TOY.length).train()
 
 
 def operations_done(model: BertForMaskedLM) -> int:

@@ -1,4 +1,4 @@
-"""Ranks wait as long as the first one works, and a failure on one rank is a failure on all that is told once."""
+"""Ranks wait as long as the first one works; a failure on one rank fails all of them, and they know that they share it."""
 
 import time
 from datetime import timedelta

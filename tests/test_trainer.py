@@ -15,10 +15,11 @@ import transformers
 from accelerate.state import AcceleratorState
 from packaging.version import Version
 from torch.utils.data import DataLoader, Dataset
-from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
 import sctd_ds
 from helpers import ROOT
+from helpers.bert import small_bert
 from helpers.scenarios import run_scenarios, scenario
 
 VOCABULARY, LENGTH, KEPT_IDS = 64, 16, [1, 2, 3, 4]
@@ -84,11 +85,8 @@ class Run:
 
 
 def model(dropout: float = 0.1) -> BertForMaskedLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
-    limits = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH}
     dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    return BertForMaskedLM(BertConfig(**sizes, **limits, **dropouts))
+    return small_bert(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **dropouts)
 
 
 def train(
@@ -183,7 +181,7 @@ def test_schedule_counts_optimizer_steps(whole):
 
 
 @pytest.mark.parametrize("restore", [False, True], ids=["given", "restored-by-the-trainer"])
-def test_resuming_goes_on_exactly(whole, restore):
+def test_resuming_continues_exactly(whole, restore):
     run, folder = whole
     resumed = train(folder, resume=folder / "checkpoint-4", restore_callback_states_from_checkpoint=restore)
     assert resumed.applied == 7 and resumed.modes == TWICE[8:]
@@ -191,9 +189,9 @@ def test_resuming_goes_on_exactly(whole, restore):
     assert resumed.losses[-3:] == run.losses[-3:]
 
 
-@pytest.mark.parametrize("callback", [False, True], ids=["plain", "ours"])
-def test_masks_drawn_at_random_are_others_after_a_resume_as_docs_say(tmp_path, callback):
-    """With the Trainer as it is. One that goes on exactly fails this: then docs/recipes.md may promise more."""
+@pytest.mark.parametrize("callback", [False, True], ids=["plain", "sctd"])
+def test_random_masks_differ_after_a_resume_as_the_docs_say(tmp_path, callback):
+    """A Trainer that draws the same masks again would fail this: then docs/recipes.md may promise more."""
 
     def collate(rows):
         ids = torch.stack([row["input_ids"] for row in rows])
@@ -204,7 +202,7 @@ def test_masks_drawn_at_random_are_others_after_a_resume_as_docs_say(tmp_path, c
     whole = train(tmp_path, **settings)
     resumed = train(tmp_path, resume=tmp_path / "checkpoint-4", **settings)
     assert not all(map(torch.equal, whole.weights, resumed.weights))
-    if callback:  # the schedule goes on all the same
+    if callback:  # the schedule continues all the same
         assert resumed.modes == TWICE[8:] and resumed.applied == 7
 
 
@@ -217,24 +215,24 @@ def test_a_checkpoint_holds_the_table_to_the_bit_and_plain_weights(whole):
     assert all(map(torch.equal, loaded.parameters(), run.weights))
 
 
-def test_a_dense_checkpoint_goes_on_with_a_new_table(tmp_path, caplog):
+def test_a_dense_checkpoint_continues_with_a_new_table(tmp_path, caplog):
     train(tmp_path, callback=False, steps=4)
     run = train(tmp_path, resume=tmp_path / "checkpoint-4")
     assert "holds no importance table" in caplog.text
     assert run.applied == 7 and run.modes == TWICE[8:]
 
 
-def test_dense_steps_are_what_the_trainer_does_by_itself_up_to_the_weighing_of_micro_batches(tmp_path):
-    """With one micro-batch a step there is nothing to weigh, and both are the same training."""
+def test_dense_steps_are_the_trainers_own(tmp_path):
+    """With one micro-batch a step, where nothing has to be weighted."""
     method = {"method": "dense", "keep_token_ids": KEPT_IDS}
-    ours = train(tmp_path / "ours", config=method, dropout=0.0, accumulation=1)
-    theirs = train(tmp_path / "theirs", callback=False, dropout=0.0, accumulation=1)
-    assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)
-    for a, b in zip(ours.weights, theirs.weights, strict=True):
+    with_callback = train(tmp_path / "with", config=method, dropout=0.0, accumulation=1)
+    without = train(tmp_path / "without", callback=False, dropout=0.0, accumulation=1)
+    assert with_callback.losses == pytest.approx(without.losses, rel=1e-3)
+    for a, b in zip(with_callback.weights, without.weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
-def test_accumulation_weighs_tokens_and_not_micro_batches(tmp_path):
+def test_accumulation_weights_tokens_and_not_micro_batches(tmp_path):
     """One step over four rows of different numbers of labels: alike in one micro-batch and in two."""
     two = train(tmp_path / "two", dropout=0.0, steps=1, rows=2, accumulation=2)
     one = train(tmp_path / "one", dropout=0.0, steps=1, rows=4, accumulation=1)
