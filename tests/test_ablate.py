@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_settings
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 import sctd_ds
 from benchmarks import ablate
 from benchmarks.ablate import SWEEPS, configured, plan, tabulate
 from benchmarks.ablation_tables import BEGAN, PAPER, Run, in_order, measured, operations, score
+from helpers import ROOT
+from helpers.runs import write_settings
 from sctd_ds import ConfigError, ScTDConfig, data
 from sctd_ds.config import MAY_DIFFER_IN_TABLE, MAY_DIFFER_ON_RESUME
 from sctd_ds.eval import synthetic

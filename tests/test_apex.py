@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, settings, write_settings
-from families import FAMILIES, build, rows
 from torch import nn
+
+from helpers import ROOT
+from helpers.families import FAMILIES, build, rows
+from helpers.runs import settings, write_settings
 
 sys.path.insert(0, str(ROOT))
 

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT
 from deepspeed.ops.random_ltd import dropping_utils
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from benchmarks import gpu, kernels, profiling, random_ltd, step_tables, steps, table5, train_step
 from benchmarks.steps import ALIGN, BY_NAME, HUGGING_FACE, RANDOM_LTD, SEPARATE, VARIANTS, Case, Setup, Trainer
 from benchmarks.train_step import Measured
+from helpers import ROOT
 from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.method.convert import state_of
 from sctd_ds.run.probe import interleave, time_calls

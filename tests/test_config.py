@@ -8,8 +8,10 @@ from pathlib import Path
 
 import deepspeed
 import pytest
-from conftest import ROOT, settings, write_settings
 from transformers import BertConfig
+
+from helpers import ROOT
+from helpers.runs import settings, write_settings
 
 sys.path.insert(0, str(ROOT))
 

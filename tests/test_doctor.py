@@ -8,11 +8,11 @@ import sys
 import deepspeed
 import pytest
 import torch
-from conftest import ROOT
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import nn
 
 import sctd_ds
+from helpers import ROOT
 from sctd_ds import deepspeed_json, doctor
 from sctd_ds.run import settings
 

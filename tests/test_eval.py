@@ -604,9 +604,9 @@ def test_export_of_a_model_carries_its_table_and_still_loads_without_a_word(mode
 def test_export_of_an_engine_a_pipeline_and_a_trainer_run_carries_the_table(tmp_path, monkeypatch):
     """One rank each; with several, only the gathering of weights differs, which test_engine and test_pipeline check."""
     import transformers
-    from conftest import settings
 
     import sctd_ds
+    from helpers.runs import settings
     from sctd_ds.integrations.export import read_importance
 
     shape = {**settings()["pretrain"]["model"], "vocab_size": 64, "max_position_embeddings": 16}

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 
 import sctd_ds
+from helpers.bert import small_bert
 from sctd_ds.method.convert import state_of
 from sctd_ds.method.labels import locate_labels
 
@@ -55,12 +56,8 @@ def test_a_row_with_more_labels_than_slots_does_not_fit():
 
 
 def model(**settings):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return sctd_ds.convert(BertForMaskedLM(config), sctd_ds.ScTDConfig(keep_token_ids=[1, 2], **settings))
+    plain = small_bert(vocab_size=50, hidden_size=16, intermediate_size=32, max_position_embeddings=16)
+    return sctd_ds.convert(plain, sctd_ds.ScTDConfig(keep_token_ids=[1, 2], **settings))
 
 
 def queries_of_last_layer(x, mode, labels):
@@ -96,5 +93,5 @@ def test_evaluation_sees_a_plain_model():
     plain = BertForMaskedLM(copy.deepcopy(x.config))
     plain.load_state_dict(x.state_dict())
     ids = torch.randint(5, 50, labels.shape, generator=torch.Generator().manual_seed(1))
-    ours, theirs = (m.eval()(input_ids=ids, labels=labels) for m in (x, plain))
-    assert torch.equal(ours.logits, theirs.logits) and ours.loss == theirs.loss
+    output, expected = (m.eval()(input_ids=ids, labels=labels) for m in (x, plain))
+    assert torch.equal(output.logits, expected.logits) and output.loss == expected.loss

@@ -8,7 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from helpers import ROOT
 
 PACKAGE = ROOT / "sctd_ds"
 # Rooms of sctd_ds, each a module or a folder. A room imports itself and rooms above it, also inside functions.

@@ -1,4 +1,4 @@
-"""The method, part by part, against the straight-line oracle (`oracle.py`), and what it must leave untouched."""
+"""The method, part by part, against the straight-line oracle (`helpers/oracle.py`), and what it must leave untouched."""
 
 import copy
 import math
@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Batch, Method, Sizes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 from transformers.modeling_outputs import MaskedLMOutput
 
 import sctd_ds
+from helpers import oracle
+from helpers.oracle import Batch, Method, Sizes
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB, WIDTH, HEADS, POSITIONS = 61, 32, 2, 40
@@ -508,10 +508,10 @@ def test_a_dense_model_and_evaluation_teach_the_table_nothing(training: bool) ->
 class NoHostReads(TorchDispatchMode):
     """Fails on every operation whose result, or its shape, the host has to wait for."""
 
-    READS = {
-        "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
-        "unique_consecutive", "repeat_interleave", "bincount",
-    }  # fmt: skip
+    READS = frozenset(
+        "_local_scalar_dense nonzero masked_select equal is_nonzero "
+        "_unique2 unique_dim unique_consecutive repeat_interleave bincount".split()
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -592,13 +592,13 @@ def test_evaluation_is_the_untouched_model(case: Case, dtype: torch.dtype) -> No
             {k: v for k, v in batch.items() if k != "labels"},
             batch | {"output_hidden_states": True},
         ):
-            ours, theirs = model(**arguments), untouched(**arguments)
-            assert type(ours) is type(theirs) is MaskedLMOutput
-            assert ours.keys() == theirs.keys()
-            assert torch.equal(ours.logits, theirs.logits)
+            output, expected = model(**arguments), untouched(**arguments)
+            assert type(output) is type(expected) is MaskedLMOutput
+            assert output.keys() == expected.keys()
+            assert torch.equal(output.logits, expected.logits)
             if "labels" in arguments:
-                assert torch.equal(ours.loss, theirs.loss)
-        assert all(map(torch.equal, ours.hidden_states, theirs.hidden_states))
+                assert torch.equal(output.loss, expected.loss)
+        assert all(map(torch.equal, output.hidden_states, expected.hidden_states))
 
 
 @pytest.mark.parametrize("mode", ["dense", "drop", "align"])
@@ -625,12 +625,12 @@ def test_conversion_keeps_parameters_and_state_dict() -> None:
 def test_a_copy_is_a_model_of_its_own() -> None:
     case = CASES[2]
     model, expected = converted(case, Method(mode="drop"))
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     sctd_ds.importance(model).scores.zero_()
-    assert_same(twin, forward_backward(twin, case), expected)
+    assert_same(copied, forward_backward(copied, case), expected)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -7,9 +7,9 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import settings
 from matplotlib.figure import Figure
 
+from helpers.runs import settings
 from sctd_ds.method.flops import Shape
 from sctd_ds.method.objective import PARTS
 from sctd_ds.run import environment, job, metrics, report

@@ -13,68 +13,60 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, launch, launch_command, launch_environment, settings, write_settings
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, DistilBertConfig, RobertaConfig, RobertaForMaskedLM
 
-sys.path.insert(0, str(ROOT))
-
 import pretrain
 import sctd_ds
+from helpers import ROOT
+from helpers.launch import launch, launch_command, launch_environment
+from helpers.runs import (
+    EPOCH,
+    INTERVAL,
+    STEPS,
+    assert_same_end,
+    continue_run,
+    records,
+    settings,
+    train_whole_run,
+    write_settings,
+)
+from helpers.scenarios import run_scenarios, scenario
 from sctd_ds import data
 from sctd_ds.engine import checkpoint
 from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.integrations.export import read_importance
 from sctd_ds.run import job, metrics, models
 
-INTERVAL, EPOCH = 4, 5  # steps; see conftest
 RESUMED = (1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * EPOCH)
-
-
-def records(run: Path) -> list[dict]:
-    timing = ("step_ms", "tokens_per_s")
-    return [{k: v for k, v in r.items() if k not in timing} for r in metrics.read(run / "metrics.jsonl")]
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    """Losses, rates, norms and validations of every step, and every tensor of the last checkpoint: bit for bit."""
-    assert records(one) == records(other)
-    last = sorted((one / "checkpoints").glob("step_*"))[-1].name
-    files = sorted(p.name for p in (one / "checkpoints" / last).glob("*.pt"))
-    assert files == sorted(p.name for p in (other / "checkpoints" / last).glob("*.pt")) and len(files) >= 3
-    for file in files:
-        a, b = (torch.load(run / "checkpoints" / last / file, weights_only=False) for run in (one, other))
-        assert_equal(a, b, file)
-
-
-def assert_equal(a, b, where):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}:{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}:{i}")
-    elif isinstance(a, int | float | str | bool | None):
-        assert a == b, where
+"""Steps whose checkpoints a run continues from: around an align step, and at the end of an epoch."""
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
-def resumed(request, small_data, tmp_path_factory):
+def rank(request, small_data, tmp_path_factory):
+    """The first rank of a launch of the next two scenarios."""
     folder = tmp_path_factory.mktemp(f"resume{request.param}")
-    config = write_settings(folder / "mini.json")
-    done = launch(ROOT / "tests" / "resume_scenarios.py", config, small_data, folder, *RESUMED, ranks=request.param)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return folder
+    write_settings(folder / "mini.json", pretrain={"data": str(small_data)})
+    return run_scenarios(__name__, folder, ranks=request.param)[0]
+
+
+@scenario
+def whole(here):
+    """A run that never stops."""
+    train_whole_run(here.folder / "mini.json", here.folder / "whole")
+    return str(here.folder / "whole")
+
+
+@scenario(cases=RESUMED)
+def resumed(here, step):
+    continue_run(here.folder / "mini.json", here.folder / "whole", here.folder / f"from_{step}", step)
+    return str(here.folder / f"from_{step}")
 
 
 @pytest.mark.parametrize("step", RESUMED)
-def test_resumed_run_is_the_run_that_never_stopped(resumed, step):
-    assert_same_end(resumed / "whole", resumed / f"from_{step}")
+def test_resumed_run_is_the_run_that_never_stopped(rank, step):
+    assert_same_end(Path(rank(whole)), Path(rank(resumed, step)))
 
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -99,10 +91,10 @@ def test_resumed_run_in_16_bits_is_the_run_that_never_stopped(small_data, tmp_pa
     assert_same_end(whole, continued)
 
 
-def test_run_writes_what_it_promises(resumed):
-    run = resumed / "whole"
+def test_run_writes_what_it_promises(rank):
+    run = Path(rank(whole))
     train = [r for r in metrics.read(run / "metrics.jsonl") if r["event"] == "train"]
-    assert [r["mode"] for r in train] == ["align" if t % INTERVAL == 0 else "drop" for t in range(1, 15)]
+    assert [r["mode"] for r in train] == ["align" if t % INTERVAL == 0 else "drop" for t in range(1, STEPS + 1)]
     wanted = "step mode loss ce_drop lr grad_norm loss_scale step_ms tokens_per_s kept_token_share".split()
     assert all(key in r for r in train for key in wanted)
     assert all(("ce_full" in r and "kl_last" in r and "kl_previous" in r) == (r["mode"] == "align") for r in train)
@@ -111,9 +103,8 @@ def test_run_writes_what_it_promises(resumed):
     assert [r["step"] for r in validations] == [5, 10, 14]
     assert all(abs(r["gap"] - (r["loss_drop"] - r["loss_full"])) < 1e-9 and r["cosine_last"] <= 1 + 1e-6 for r in validations)
     report = json.loads((run / "report.json").read_text())
-    assert (
-        report["time_saved"] is None and 0 < report["flops_saved"] < 1
-    )  # probe_steps is 0 here: nothing measured, nothing claimed
+    assert 0 < report["flops_saved"] < 1
+    assert report["time_saved"] is None  # probe_steps is 0 here: nothing measured, nothing claimed
     assert (run / "report.png").stat().st_size > 10_000
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(run / "model"), AutoTokenizer.from_pretrained(run / "model")
     assert model(**tokenizer("bando kori", return_tensors="pt")).logits.shape[-1] == model.config.vocab_size
@@ -124,21 +115,18 @@ def test_sigterm_to_the_workers_saves_and_the_same_command_continues(small_data,
     steps = {"steps": 60, "save_every": 0, "validation_every": 0}
     config = write_settings(tmp_path / "mini.json", pretrain=steps)
     arguments = ["--deepspeed_config", config, "--data", small_data, "--output"]
-    process = subprocess.Popen(
-        launch_command(ROOT / "pretrain.py", *arguments, tmp_path / "stopped", ranks=2), cwd=ROOT, env=launch_environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    command = launch_command(ROOT / "pretrain.py", *arguments, tmp_path / "stopped", ranks=2)
+    captured = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=launch_environment(), **captured)
     log = tmp_path / "stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 900
     while len(metrics.read(log)) < 5:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
         time.sleep(0.05)
-    workers = [
-        p for p in psutil.Process(process.pid).children(recursive=True) if any("pretrain.py" in a for a in p.cmdline()[:4])
-    ]
-    workers = [p for p in workers if any(a.startswith("--local_rank") for a in p.cmdline())]
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if any(word.startswith("--local_rank") for word in child.cmdline())]
     assert len(workers) == 2
-    workers[0].send_signal(signal.SIGTERM)  # one rank is told, both must agree
+    workers[0].send_signal(signal.SIGTERM)  # one rank receives it, both must agree
     output = process.communicate(timeout=600)[0]
     assert process.returncode != 0
     saved = list((tmp_path / "stopped" / "checkpoints").glob("step_*"))
@@ -155,7 +143,7 @@ def test_sigterm_to_the_workers_saves_and_the_same_command_continues(small_data,
 
 @pytest.fixture
 def mini(small_data, tmp_path):
-    """Runs pretrain.py's main with changes to the small configuration; returns (status, stderr text)."""
+    """Runs pretrain.py's main with changes to the small configuration; returns the exit status."""
 
     def run(*more: str, output: str = "run", **changes) -> int:
         config = write_settings(tmp_path / "mini.json", **changes)
@@ -170,15 +158,13 @@ def mini(small_data, tmp_path):
 FEW = {"steps": 4, "validation_every": 0}
 
 
-def test_probe_leaves_no_trace_and_measures_every_kind(mini):
+def test_probe_leaves_no_trace_and_measures_every_mode(mini):
     assert mini(output="without", pretrain=FEW) == 0
     assert mini(output="with", pretrain={**FEW, "probe_steps": 2}) == 0
     assert_same_end(mini.folder / "without", mini.folder / "with")
     report = json.loads((mini.folder / "with" / "report.json").read_text())
-    assert set(report["step_ms"]) == {"dense", "drop", "align", "huggingface"} and all(
-        v > 0 for v in report["step_ms"].values()
-    )
     ms = report["step_ms"]
+    assert set(ms) == {"dense", "drop", "align", "huggingface"} and all(v > 0 for v in ms.values())
     assert report["time_saved"] == pytest.approx(1 - (0.75 * ms["drop"] + 0.25 * ms["align"]) / ms["dense"])
 
 
@@ -205,7 +191,7 @@ def test_loader_workers_change_nothing(mini):
     assert records(mini.folder / "none") == records(mini.folder / "two")
 
 
-def test_deterministic_kernels_where_they_are_asked_for(mini, monkeypatch):
+def test_deterministic_kernels_where_the_settings_ask_for_them(mini, monkeypatch):
     """On a CPU they are the usual ones. The strict mode is on while the model trains, and nothing in a step refuses it."""
     modes, agree = [], ScTDEngine._agree
 
@@ -268,7 +254,7 @@ def test_checkpoint_of_another_configuration_is_refused_with_the_difference(mini
     assert records(mini.folder / "run")[-2]["step"] == 4
 
 
-def test_start_from_wants_a_step_to_be_left_and_forgets_the_folder_s_past(mini, capsys):
+def test_start_from_needs_a_step_to_be_left_and_forgets_the_folders_past(mini, capsys):
     assert mini(output="first", pretrain=FEW) == 0
     steps = mini.folder / "first" / "checkpoints"
     assert mini("--start-from", str(steps / "step_00000004"), output="second", pretrain=FEW) == 2
@@ -281,7 +267,7 @@ def test_start_from_wants_a_step_to_be_left_and_forgets_the_folder_s_past(mini, 
     assert [r["step"] for r in records(mini.folder / "second") if r["event"] == "train"] == [3, 4]
 
 
-def test_a_run_that_is_over_cannot_be_shortened(mini, capsys):
+def test_a_finished_run_cannot_be_shortened(mini, capsys):
     assert mini(pretrain=FEW) == 0
     allowed = ("pretrain.steps", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
     assert mini(*(x for key in allowed for x in ("--allow-change", key)), pretrain={**FEW, "steps": 2}) == 2
@@ -299,7 +285,7 @@ def test_dry_run_refuses_what_the_run_would(mini, capsys):
     assert mini("--dry-run", pretrain=FEW) == 0 and half.is_dir()
 
 
-def test_what_a_checkpoint_stands_for_is_on_disk_before_it(mini, monkeypatch):
+def test_the_records_of_a_checkpoints_steps_are_on_disk_before_it(mini, monkeypatch):
     written, save = [], checkpoint.save
 
     def watch(engine, folder, *rest):
@@ -340,10 +326,8 @@ def test_keep_last_and_failed_writes_leave_complete_checkpoints(mini, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write_manifest", full)
-    assert (
-        mini("--allow-change", "pretrain.steps", "--allow-change", "scheduler.params.total_num_steps", pretrain={"steps": 6})
-        == 2
-    )
+    longer = ("--allow-change", "pretrain.steps", "--allow-change", "scheduler.params.total_num_steps")
+    assert mini(*longer, pretrain={"steps": 6}) == 2
     assert "No space left" in capsys.readouterr().err
     assert sorted(p.name for p in checkpoints.iterdir() if p.is_dir()) == ["step_00000003", "step_00000004"]
     assert all(checkpoint.verify(p) is None for p in checkpoints.glob("step_*"))
@@ -389,14 +373,14 @@ def test_a_lost_launcher_means_save_and_stop(mini, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(small_data, tmp_path_factory):
-    """A finished run of four steps, to go on from: its folder, with model/ inside."""
+    """The folder of a finished run of four steps, with model/ inside, to continue from."""
     folder = tmp_path_factory.mktemp("trained")
     config = write_settings(folder / "mini.json", pretrain=FEW)
     assert pretrain.main(["--deepspeed_config", str(config), "--data", str(small_data), "--output", str(folder / "run")]) == 0
     return folder / "run"
 
 
-def test_going_on_from_a_trained_model_takes_its_weights_tokenizer_and_table(mini, trained, small_data, capsys):
+def test_continuing_from_a_trained_model_takes_its_weights_tokenizer_and_table(mini, trained, small_data, capsys):
     model = trained / "model"
     run = job.load(settings(), [f"pretrain.model={model}"])
     built = models.build_model(run, data.load(small_data))
@@ -424,13 +408,12 @@ def test_the_first_validation_of_a_trained_model_is_its_last_one(mini, trained):
     assert began["step"] == 0 and [began[key] for key in same] == pytest.approx([ended[key] for key in same], abs=1e-6)
 
 
-def test_going_on_from_roberta(mini, small_data):
+def test_continuing_from_roberta(mini, small_data):
     tokenizer = data.load(small_data).tokenizer
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
-    roberta = RobertaForMaskedLM(RobertaConfig(
-        **sizes, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
-        max_position_embeddings=32 + tokenizer.pad_token_id + 1,
-    ))  # fmt: skip
+    pad = tokenizer.pad_token_id
+    config = RobertaConfig(**sizes, vocab_size=len(tokenizer), pad_token_id=pad, max_position_embeddings=32 + pad + 1)
+    roberta = RobertaForMaskedLM(config)
     for part in (roberta, tokenizer):
         part.save_pretrained(mini.folder / "roberta")
     assert mini("--set", f"pretrain.model={mini.folder / 'roberta'}", pretrain=FEW) == 0
@@ -479,7 +462,7 @@ def _cased_tokenizer(model: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "do_lower_case": False}))
 
 
-def test_a_run_s_folder_in_place_of_its_model_is_told_so(mini, trained, capsys):
+def test_a_runs_folder_in_place_of_its_model_is_refused_with_a_hint(mini, trained, capsys):
     assert mini("--set", f"pretrain.model={trained}") == 2
     assert f'did you mean "{trained / "model"}"?' in capsys.readouterr().err
     assert mini("--set", "pretrain.model=./bert-bsae") == 2
@@ -494,7 +477,7 @@ def test_a_trained_model_brings_its_tokenizer(mini, trained, capsys):
 @pytest.mark.parametrize(
     ("importance", "message"), [("loss", "importance table: that of"), ("frequency", 'table of "loss"'), ("random", None)]
 )
-def test_what_becomes_of_the_table_is_said(trained, small_data, caplog, importance, message):
+def test_the_log_says_what_becomes_of_the_table(trained, small_data, caplog, importance, message):
     run = job.load(settings(), [f"pretrain.model={trained / 'model'}", f"sctd.importance={importance}"])
     with caplog.at_level("INFO"):
         models.build_model(run, data.load(small_data))
@@ -502,7 +485,7 @@ def test_what_becomes_of_the_table_is_said(trained, small_data, caplog, importan
 
 
 @pytest.mark.parametrize(("pad", "message"), [(None, "no pad_token_id"), (1, "they must agree")])
-def test_a_roberta_whose_padding_id_is_not_its_tokenizer_s_is_refused(mini, small_data, capsys, pad, message):
+def test_a_roberta_whose_padding_id_is_not_its_tokenizers_is_refused(mini, small_data, capsys, pad, message):
     tokenizer = data.load(small_data).tokenizer
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
     RobertaForMaskedLM(RobertaConfig(**sizes, vocab_size=len(tokenizer), pad_token_id=1)).save_pretrained(mini.folder / "r")
@@ -541,11 +524,12 @@ def test_bad_input_is_one_clear_message_and_exit_2(mini, capsys, change, message
 
 
 def test_help_names_every_option():
-    done = subprocess.run([sys.executable, "pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True,
-                          env={**os.environ, "COLUMNS": "120"})  # fmt: skip
+    command = [sys.executable, "pretrain.py", "--help"]
+    wide = {**os.environ, "COLUMNS": "120"}
+    done = subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, check=True)
     for option in ("--deepspeed_config", "--data", "--output", "--resume", "--set", "--allow-change", "--dry-run"):
         assert option in done.stdout
 
 
-def test_small_settings_are_what_the_tests_say():
-    assert settings()["sctd"]["interval"] == INTERVAL
+def test_small_data_has_the_epoch_that_the_tests_count_on(small_data):
+    assert len(data.load(small_data).train) == EPOCH * settings()["train_batch_size"]

@@ -1,36 +1,83 @@
-"""Ranks wait as long as the first one works, and a failure on one is a failure on all that is told once."""
+"""Ranks wait as long as the first one works; a failure on one rank fails all of them, and they know that they share it."""
 
-import json
+import time
+from datetime import timedelta
 
 import pytest
-from conftest import ROOT, launch
+import torch.distributed as dist
+
+from helpers.scenarios import run_scenarios, scenario
+from sctd_ds import ConfigError
+from sctd_ds.engine import ranks
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    done = launch(ROOT / "tests" / "ranks_scenarios.py", folder, ranks=2)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+def launched(tmp_path_factory):
+    """The scenarios of this file on two ranks."""
+    return run_scenarios(__name__, tmp_path_factory.mktemp("ranks"), ranks=2)
 
 
-def test_work_of_the_first_rank_may_outlast_a_collective(results):
-    assert [rank["slow"] for rank in results] == [["result", "made by 0"]] * 2
+def outcome(call, *arguments) -> list:
+    """What `call` came to: ["result", value], or the error's type, text, and whether all ranks share it."""
+    try:
+        return ["result", call(*arguments)]
+    except Exception as error:
+        return [type(error).__name__, str(error), error.shared]
 
 
-def test_every_rank_does_its_own(results):
-    assert [rank["all"] for rank in results] == [["result", "done by 0"], ["result", "done by 1"]]
+@scenario
+def first_works_for_long(here):
+    """For longer than any collective of the group may take. The other scenarios use the group, too."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+
+    def slow() -> str:
+        time.sleep(6)
+        return f"made by {here.rank}"
+
+    return outcome(ranks.on_first, slow)
 
 
-def test_a_failure_of_the_first_rank_is_one_of_all(results):
-    assert [rank["first fails"] for rank in results] == [["ConfigError", "no such key", True]] * 2
+def test_work_of_the_first_rank_may_outlast_a_collective(launched):
+    assert [rank(first_works_for_long) for rank in launched] == [["result", "made by 0"]] * 2
 
 
-def test_a_failure_elsewhere_is_one_of_all_and_says_where(results):
-    first, second = (rank["second fails"] for rank in results)
+@scenario
+def all_work(here):
+    return outcome(ranks.on_all, lambda: f"done by {here.rank}")
+
+
+def test_every_rank_does_its_own(launched):
+    assert [rank(all_work) for rank in launched] == [["result", "done by 0"], ["result", "done by 1"]]
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+@scenario
+def first_fails(here):
+    return outcome(ranks.on_first, lambda: fail(ConfigError("no such key")))
+
+
+def test_a_failure_of_the_first_rank_is_one_of_all(launched):
+    assert [rank(first_fails) for rank in launched] == [["ConfigError", "no such key", True]] * 2
+
+
+@scenario
+def second_fails(here):
+    return outcome(ranks.on_all, lambda: here.rank == 1 and fail(ConfigError("no such folder")))
+
+
+@scenario
+def second_has_a_bug(here):
+    """An error that takes more than a message to make."""
+    return outcome(ranks.on_all, lambda: here.rank == 1 and fail(UnicodeDecodeError("utf-8", b"x", 0, 1, "why")))
+
+
+def test_a_failure_elsewhere_is_one_of_all_and_says_where(launched):
+    first, second = (rank(second_fails) for rank in launched)
     assert first == ["ConfigError", "no such folder (on rank 1)", True]
     assert second == ["ConfigError", "no such folder", True]
-    first, second = (rank["second has a bug"] for rank in results)
-    assert (
-        first[0] == "RuntimeError" and first[1].startswith("rank 1: UnicodeDecodeError") and second[0] == "UnicodeDecodeError"
-    )
+    first, second = (rank(second_has_a_bug) for rank in launched)
+    assert first[0] == "RuntimeError" and first[1].startswith("rank 1: UnicodeDecodeError")
+    assert second[0] == "UnicodeDecodeError"

@@ -1,4 +1,4 @@
-"""Which step aligns, which layer sees what, and what it costs."""
+"""Which step aligns, and which layer sees what."""
 
 import re
 
@@ -7,11 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sctd_ds import ConfigError, ScTDConfig
-from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 from sctd_ds.method.plan import LayerPlan, kept_tokens
 from sctd_ds.method.schedule import aligned_rows, mean_cost, mode_shares, step_mode
-
-LARGE, BASE = Shape(24, 1024, 4096, 30522, 512, 77), Shape(12, 768, 3072, 30522, 512, 77)
 
 
 @pytest.mark.parametrize(
@@ -94,41 +91,3 @@ def test_spread_aligns_every_row_once_per_interval():
     for t in range(1, 9):
         assert list(aligned_rows(config, t, 10)) == [r for r in range(10) if (r + t) % 4 == 0]
     assert list(aligned_rows(config, None, 3)) == [0, 1, 2]
-
-
-def test_operations_of_bert_at_512():
-    """GFLOP per sequence, forward and backward, as counted by hand for the published models."""
-    modes = ("dense", "drop", "align")
-    whole = ScTDConfig(last_layer="all")
-    assert [round(sequence_flops(LARGE, whole, m) / 1e9, 1) for m in modes] == [1019.9, 763.1, 1322.4]
-    assert [round(sequence_flops(BASE, whole, m) / 1e9, 1) for m in modes] == [301.0, 227.3, 407.5]
-    two_passes = ScTDConfig(shared_prefix=False, last_layer="all")
-    assert round(sequence_flops(LARGE, two_passes, "align") / 1e9, 1) == 1783.0
-
-
-@pytest.mark.parametrize("mode", ["dense", "drop", "align"])
-def test_last_layer_costs_what_its_positions_cost(mode):
-    """77 labelled tokens and [CLS] instead of 512, in everything but the keys and values: 10/12 of the products and QK, PV."""
-    per_position = 3 * (4 * 1024 * 1024 + 4 * 1024 * 4096 + 4 * 512 * 1024)
-    whole, narrow = (sequence_flops(LARGE, ScTDConfig(last_layer=x), mode) for x in ("all", "labelled"))
-    assert whole - narrow == (2 if mode == "align" else 1) * (512 - 78) * per_position
-    # A plain model's last layer runs everywhere.
-    assert sequence_flops(LARGE, ScTDConfig(), "dense", head_rows=77) == sequence_flops(
-        LARGE, ScTDConfig(last_layer="all"), "dense"
-    )
-
-
-def test_savings_of_bert_large():
-    whole = [ScTDConfig(interval=i, last_layer="all") for i in (5, 10, 20, 50)]
-    assert [round(100 * flops_saved(LARGE, config), 1) for config in whole] == [14.2, 19.7, 22.4, 24.1]
-    assert [round(100 * flops_saved(LARGE, ScTDConfig(interval=i)), 1) for i in (5, 10, 20, 50)] == [15.3, 20.6, 23.3, 24.9]
-    spread = ScTDConfig(interval=10, align_schedule="spread")
-    assert flops_saved(LARGE, spread) == pytest.approx(flops_saved(LARGE, ScTDConfig(interval=10)))
-    assert flops_saved(LARGE, ScTDConfig(method="dense")) == 0
-
-
-def test_a_dense_model_may_have_fewer_layers_than_dropping_needs():
-    shallow = Shape(2, 64, 256, 1000, 128, 19)
-    assert flops_saved(shallow, ScTDConfig(method="dense")) == 0
-    with pytest.raises(ConfigError, match="at least 4"):
-        flops_saved(shallow, ScTDConfig())

@@ -2,22 +2,163 @@
 
 import json
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import accelerate
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
-from conftest import ROOT, launch
 from packaging.version import Version
-from torch.utils.data import DataLoader
-from trainer_scenarios import KEPT_IDS, METHOD, VOCABULARY, Text, accelerate_loop, model, train
+from torch.utils.data import DataLoader, Dataset
+from transformers import BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
 import sctd_ds
+from helpers import ROOT
+from helpers.bert import small_bert
+from helpers.scenarios import run_scenarios, scenario
 
-KINDS = ["drop", "drop", "align", "drop", "drop", "align", "drop"]
-TWICE = [kind for kind in KINDS for _ in range(2)]  # two micro-batches a step
+VOCABULARY, LENGTH, KEPT_IDS = 64, 16, [1, 2, 3, 4]
+METHOD = {"interval": 3, "keep_token_ids": KEPT_IDS, "kl_weight": 4.0}
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+    "zero_optimization": {"stage": 2},
+    "steps_per_print": 1000000000,
+    "sctd": METHOD,
+}
+MODES = ["drop", "drop", "align", "drop", "drop", "align", "drop"]
+TWICE = [mode for mode in MODES for _ in range(2)]  # two micro-batches a step
+
+
+class Text(Dataset):
+    """Masked rows; how many tokens are masked differs from row to row."""
+
+    def __init__(self, rows: int = 48) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows = []
+        for row in range(rows):
+            ids = 5 + (torch.rand(LENGTH, generator=generator) ** 4 * (VOCABULARY - 5)).long()
+            chosen = torch.randperm(LENGTH, generator=generator)[: 1 + row % 4]
+            labels = torch.full_like(ids, -100)
+            labels[chosen], ids[chosen] = ids[chosen], 4
+            self.rows.append({"input_ids": ids, "labels": labels})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.rows[index]
+
+
+class Watch(TrainerCallback):
+    """What the model was set to in each optimizer step."""
+
+    def __init__(self) -> None:
+        self.modes: list[str] = []
+
+    def on_substep_end(self, args, state, control, model, **parts) -> None:
+        if hasattr(model, "_sctd"):
+            self.modes.append(model._sctd.mode)
+
+    def on_optimizer_step(self, args, state, control, model, **parts) -> None:
+        if hasattr(model, "_sctd"):
+            self.modes.append(model._sctd.mode)
+
+
+@dataclass
+class Run:
+    """One training run."""
+
+    losses: list[float]
+    modes: list[str]
+    scores: torch.Tensor
+    weights: list[torch.Tensor]
+    applied: int
+    trainer: Trainer
+
+
+def model(dropout: float = 0.1) -> BertForMaskedLM:
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return small_bert(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **dropouts)
+
+
+def train(
+    folder: Path,
+    *,
+    config: Any = METHOD,
+    steps: int = 7,
+    resume: Path | None = None,
+    dropout: float = 0.1,
+    callback: bool = True,
+    rows: int = 4,
+    accumulation: int = 2,
+    collator: Any = None,
+    **arguments: Any,
+) -> Run:
+    """A Trainer's run in `folder`, which saves after step 4, or continues from the checkpoint `resume`."""
+    settings = TrainingArguments(
+        str(folder),
+        use_cpu=True,
+        max_steps=steps,
+        learning_rate=1e-2,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        lr_scheduler_type="constant",
+        save_steps=4,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        seed=3,
+        dataloader_num_workers=0,
+        **arguments,
+    )
+    watch = Watch()
+    callbacks = [sctd_ds.ScTDCallback(config), watch] if callback else [watch]
+    trainer = Trainer(model(dropout), settings, collator, train_dataset=Text(), callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    plain = trainer.accelerator.unwrap_model(trainer.model)
+    weights = [p.detach().clone() for p in plain.parameters()]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if not callback:
+        return Run(losses, watch.modes, torch.empty(0), weights, 0, trainer)
+    # A Trainer that restores callbacks made a new one.
+    clock = next(c.clock for c in trainer.callback_handler.callbacks if isinstance(c, sctd_ds.ScTDCallback))
+    return Run(losses, watch.modes, sctd_ds.importance(plain).scores.clone(), weights, clock.applied_steps, trainer)
+
+
+def accelerate_loop(accelerator: accelerate.Accelerator, steps: int, folder: Path | None = None) -> dict[str, Any]:
+    """As in docs/recipes.md, with micro-batches of two rows; saved in `folder` after step 4, or resumed where it was."""
+    bert = sctd_ds.convert(model(), sctd_ds.ScTDConfig(**METHOD))
+    clock = sctd_ds.StepClock(bert)
+    optimizer = torch.optim.AdamW(bert.parameters(), lr=1e-2)
+    loader = DataLoader(Text(56), batch_size=2, generator=torch.Generator())  # its iterator leaves dropout's random state alone
+    bert, optimizer, loader = accelerator.prepare(bert, optimizer, loader)
+    accelerator.register_for_checkpointing(clock)
+    modes, micro_batches = [], accelerator.gradient_accumulation_steps
+    resume = folder is not None and folder.exists()
+    if resume:
+        accelerator.load_state(str(folder))
+        loader = accelerator.skip_first_batches(loader, clock.applied_steps * micro_batches)
+    for batch in loader:
+        with clock.accumulate(accelerator, bert) as mode:
+            modes.append(mode)
+            accelerator.backward(bert(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if folder is not None and not resume and len(modes) == 4 * micro_batches:
+            accelerator.save_state(str(folder))
+        if clock.applied_steps == steps:
+            break
+    plain = accelerator.unwrap_model(bert)
+    weights = [p.detach().clone() for p in plain.parameters()]
+    return {"modes": modes, "scores": sctd_ds.importance(plain).scores, "weights": weights, "applied": clock.applied_steps}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +181,7 @@ def test_schedule_counts_optimizer_steps(whole):
 
 
 @pytest.mark.parametrize("restore", [False, True], ids=["given", "restored-by-the-trainer"])
-def test_resuming_goes_on_exactly(whole, restore):
+def test_resuming_continues_exactly(whole, restore):
     run, folder = whole
     resumed = train(folder, resume=folder / "checkpoint-4", restore_callback_states_from_checkpoint=restore)
     assert resumed.applied == 7 and resumed.modes == TWICE[8:]
@@ -48,9 +189,9 @@ def test_resuming_goes_on_exactly(whole, restore):
     assert resumed.losses[-3:] == run.losses[-3:]
 
 
-@pytest.mark.parametrize("callback", [False, True], ids=["plain", "ours"])
-def test_masks_drawn_at_random_are_others_after_a_resume_as_docs_say(tmp_path, callback):
-    """With the Trainer as it is. One that goes on exactly fails this: then docs/recipes.md may promise more."""
+@pytest.mark.parametrize("callback", [False, True], ids=["plain", "sctd"])
+def test_random_masks_differ_after_a_resume_as_the_docs_say(tmp_path, callback):
+    """A Trainer that draws the same masks again would fail this: then docs/recipes.md may promise more."""
 
     def collate(rows):
         ids = torch.stack([row["input_ids"] for row in rows])
@@ -61,7 +202,7 @@ def test_masks_drawn_at_random_are_others_after_a_resume_as_docs_say(tmp_path, c
     whole = train(tmp_path, **settings)
     resumed = train(tmp_path, resume=tmp_path / "checkpoint-4", **settings)
     assert not all(map(torch.equal, whole.weights, resumed.weights))
-    if callback:  # the schedule goes on all the same
+    if callback:  # the schedule continues all the same
         assert resumed.modes == TWICE[8:] and resumed.applied == 7
 
 
@@ -74,24 +215,24 @@ def test_a_checkpoint_holds_the_table_to_the_bit_and_plain_weights(whole):
     assert all(map(torch.equal, loaded.parameters(), run.weights))
 
 
-def test_a_dense_checkpoint_goes_on_with_a_new_table(tmp_path, caplog):
+def test_a_dense_checkpoint_continues_with_a_new_table(tmp_path, caplog):
     train(tmp_path, callback=False, steps=4)
     run = train(tmp_path, resume=tmp_path / "checkpoint-4")
     assert "holds no importance table" in caplog.text
     assert run.applied == 7 and run.modes == TWICE[8:]
 
 
-def test_dense_steps_are_what_the_trainer_does_by_itself_up_to_the_weighing_of_micro_batches(tmp_path):
-    """With one micro-batch a step there is nothing to weigh, and both are the same training."""
+def test_dense_steps_are_the_trainers_own(tmp_path):
+    """With one micro-batch a step, where nothing has to be weighted."""
     method = {"method": "dense", "keep_token_ids": KEPT_IDS}
-    ours = train(tmp_path / "ours", config=method, dropout=0.0, accumulation=1)
-    theirs = train(tmp_path / "theirs", callback=False, dropout=0.0, accumulation=1)
-    assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)
-    for a, b in zip(ours.weights, theirs.weights, strict=True):
+    with_callback = train(tmp_path / "with", config=method, dropout=0.0, accumulation=1)
+    without = train(tmp_path / "without", callback=False, dropout=0.0, accumulation=1)
+    assert with_callback.losses == pytest.approx(without.losses, rel=1e-3)
+    for a, b in zip(with_callback.weights, without.weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
-def test_accumulation_weighs_tokens_and_not_micro_batches(tmp_path):
+def test_accumulation_weights_tokens_and_not_micro_batches(tmp_path):
     """One step over four rows of different numbers of labels: alike in one micro-batch and in two."""
     two = train(tmp_path / "two", dropout=0.0, steps=1, rows=2, accumulation=2)
     one = train(tmp_path / "one", dropout=0.0, steps=1, rows=4, accumulation=1)
@@ -112,14 +253,14 @@ def test_a_skipped_step_is_forgotten_and_not_counted():
     bert = sctd_ds.convert(model(), sctd_ds.ScTDConfig(**METHOD))
     clock, rows = sctd_ds.StepClock(bert), Text().rows[:4]
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-    kinds = []
+    modes = []
     for skipped in (False, True, False, True, False):
-        kinds.append(clock.begin())
+        modes.append(clock.begin())
         before = sctd_ds.importance(bert).scores.clone()
         bert(**batch).loss.backward()
         clock.end(skipped=skipped)
         assert torch.equal(before, sctd_ds.importance(bert).scores) == skipped
-    assert kinds == ["drop", "drop", "drop", "align", "align"] and clock.applied_steps == 3
+    assert modes == ["drop", "drop", "drop", "align", "align"] and clock.applied_steps == 3
 
 
 @pytest.mark.parametrize(
@@ -154,7 +295,7 @@ def test_an_accelerate_loop_saves_and_resumes_exactly(tmp_path, micro_batches):
     options = {"mixed_precision": "bf16", "gradient_accumulation_steps": micro_batches}
     whole = accelerate_loop(accelerator(**options), 7, tmp_path / "state")
     resumed = accelerate_loop(accelerator(**options), 7, tmp_path / "state")
-    modes = [kind for kind in KINDS for _ in range(micro_batches)]
+    modes = [mode for mode in MODES for _ in range(micro_batches)]
     assert whole["modes"] == modes and resumed["modes"] == modes[4 * micro_batches :]
     assert whole["applied"] == resumed["applied"] == 7
     assert torch.equal(whole["scores"], resumed["scores"]) and all(map(torch.equal, whole["weights"], resumed["weights"]))
@@ -172,7 +313,7 @@ def test_the_documented_accelerate_loop_counts_optimizer_steps():
     names["loader"] = DataLoader(Text(), batch_size=1, sampler=range(46))
     exec(loop, names)
     steps = ["drop"] * 9 + ["align", "drop", "drop"]
-    assert modes == [kind for kind in steps for _ in range(4)][:46] and names["clock"].applied_steps == 12
+    assert modes == [mode for mode in steps for _ in range(4)][:46] and names["clock"].applied_steps == 12
 
     plain, rows = sctd_ds.convert(model(dropout=0.0), sctd_ds.ScTDConfig()), Text().rows
     clock, optimizer = sctd_ds.StepClock(plain), torch.optim.SGD(plain.parameters(), lr=0.1)
@@ -207,45 +348,80 @@ def test_a_step_that_accelerate_skipped_is_not_counted(monkeypatch):
     assert clock.applied_steps == 1
 
 
-# Two ranks, with and without DeepSpeed
+# Two ranks, with and without DeepSpeed. The launch does what comes before DeepSpeed first: Accelerate keeps its state.
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def ranks(tmp_path_factory):
+    """The scenarios of this file on two ranks."""
     if Version(transformers.__version__) < Version("5.18"):
         pytest.skip("this Trainer cannot resume on several CPU ranks")
     folder = tmp_path_factory.mktemp("launched")
-    done = launch(ROOT / "tests" / "trainer_scenarios.py", folder, ranks=2)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    (folder / "ds.json").write_text(json.dumps(DEEPSPEED))
+    return run_scenarios(__name__, folder, ranks=2)
 
 
-@pytest.mark.parametrize("name", ["plain", "deepspeed"])
-def test_on_two_ranks(results, name):
-    for rank in results:
-        assert rank["world"] == 2
-        assert rank[name]["modes"] == TWICE and rank[name]["applied"] == 7
-        assert torch.equal(rank[name]["scores"], results[0][name]["scores"])
-        assert (rank[name]["scores"] != 10.0).sum() > len(KEPT_IDS)
-    assert results[0]["deepspeed engine"]["stage"] == 2
+def results_of(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in vars(run).items() if name != "trainer"}
 
 
-def test_an_accelerate_loop_on_two_ranks_learns_one_table(results):
-    for rank in results:
-        assert rank["accelerate"]["modes"] == TWICE and rank["accelerate"]["applied"] == 7
-        assert torch.equal(rank["accelerate"]["scores"], results[0]["accelerate"]["scores"])
-        assert all(map(torch.equal, rank["accelerate"]["weights"], results[0]["accelerate"]["weights"]))
-    assert (results[0]["accelerate"]["scores"] != 10.0).sum() > len(KEPT_IDS)
+@scenario
+def plain(here):
+    return results_of(train(here.folder / "plain", rows=2))
 
 
-@pytest.mark.parametrize("name", ["plain", "deepspeed"])
-def test_resuming_on_two_ranks_goes_on_exactly(results, name):
-    for rank in results:
-        run, resumed = rank[name], rank[f"{name} resumed"]
-        assert resumed["modes"] == TWICE[8:] and resumed["applied"] == 7
-        assert torch.equal(run["scores"], resumed["scores"])
-        assert all(map(torch.equal, run["weights"], resumed["weights"]))
+@scenario
+def plain_resumed(here):
+    return results_of(train(here.folder / "plain", rows=2, resume=here.folder / "plain" / "checkpoint-4"))
 
 
-def test_deepspeed_or_not_is_the_same_training(results):
-    assert results[0]["plain"]["losses"] == pytest.approx(results[0]["deepspeed"]["losses"], rel=2e-2)
+@scenario
+def with_accelerate(here):
+    return accelerate_loop(accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2), steps=7)
+
+
+@scenario
+def with_deepspeed(here):
+    run = train(here.folder / "deepspeed", rows=2, config=None, deepspeed=str(here.folder / "ds.json"))
+    return {**results_of(run), "stage": run.trainer.deepspeed.zero_optimization_stage(), "world": dist.get_world_size()}
+
+
+@scenario
+def with_deepspeed_resumed(here):
+    stopped = here.folder / "deepspeed" / "checkpoint-4"
+    return results_of(
+        train(here.folder / "deepspeed", rows=2, config=None, deepspeed=str(here.folder / "ds.json"), resume=stopped)
+    )
+
+
+@pytest.mark.parametrize("way", [plain, with_deepspeed])
+def test_on_two_ranks(ranks, way):
+    table = ranks[0](way)["scores"]
+    assert (table != 10.0).sum() > len(KEPT_IDS)
+    for rank in ranks:
+        run = rank(way)
+        assert run["modes"] == TWICE and run["applied"] == 7
+        assert torch.equal(run["scores"], table)
+        assert rank(with_deepspeed)["world"] == rank(with_deepspeed)["stage"] == 2
+
+
+def test_an_accelerate_loop_on_two_ranks_learns_one_table(ranks):
+    first = ranks[0](with_accelerate)
+    assert (first["scores"] != 10.0).sum() > len(KEPT_IDS)
+    for rank in ranks:
+        run = rank(with_accelerate)
+        assert run["modes"] == TWICE and run["applied"] == 7
+        assert torch.equal(run["scores"], first["scores"])
+        assert all(map(torch.equal, run["weights"], first["weights"]))
+
+
+@pytest.mark.parametrize(("way", "resumed"), [(plain, plain_resumed), (with_deepspeed, with_deepspeed_resumed)])
+def test_resuming_on_two_ranks_continues_exactly(ranks, way, resumed):
+    for rank in ranks:
+        assert rank(resumed)["modes"] == TWICE[8:] and rank(resumed)["applied"] == 7
+        assert torch.equal(rank(way)["scores"], rank(resumed)["scores"])
+        assert all(map(torch.equal, rank(way)["weights"], rank(resumed)["weights"]))
+
+
+def test_deepspeed_or_not_is_the_same_training(ranks):
+    assert ranks[0](plain)["losses"] == pytest.approx(ranks[0](with_deepspeed)["losses"], rel=2e-2)

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from kernel_support import DEVICE, clean_slate, gpu, random, random_routing  # noqa: F401
 from sctd_kernels import (
     __all__,
     api,
@@ -25,6 +24,8 @@ from sctd_kernels import (
     update_scores,
 )
 from torch.utils.checkpoint import checkpoint
+
+from helpers.kernels import DEVICE, gpu, random, random_routing
 
 # The interpreter computes lanes beyond the end of a row and then drops them.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")

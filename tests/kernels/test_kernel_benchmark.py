@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_support import DEVICE, clean_slate  # noqa: F401
+
+from helpers.kernels import DEVICE
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the benchmarks are run from the repository, never installed
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_support import DEVICE, FLOATS, LAYOUTS, assert_as_good_as_torch, clean_slate, random, random_shapes  # noqa: F401
 from sctd_kernels import cross_entropy, reference, token_cross_entropy
+
+from helpers.kernels import DEVICE, FLOATS, LAYOUTS, assert_as_good_as_torch, random, random_shapes
 
 BLOCK = cross_entropy.BLOCK_V
 SHAPES = [(1, 1), (6, 5), (3, 1000), (2, BLOCK), (2, BLOCK + 1), (2, 2 * BLOCK - 6)]

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_support import DEVICE, FLOATS, LAYOUTS, assert_as_good_as_torch, clean_slate, random, random_shapes  # noqa: F401
 from sctd_kernels import divergence, reference, softmax_kl
+
+from helpers.kernels import DEVICE, FLOATS, LAYOUTS, assert_as_good_as_torch, random, random_shapes
 
 # The interpreter computes lanes beyond the end of a row and then drops them.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")

@@ -4,8 +4,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from kernel_support import DEVICE, FLOATS, clean_slate  # noqa: F401
 from sctd_kernels import record_losses, update_scores
+
+from helpers.kernels import DEVICE, FLOATS
 
 V = 13
 BACKENDS = ["triton", "torch"]

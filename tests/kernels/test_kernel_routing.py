@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_support import DEVICE, FLOATS, LAYOUTS, clean_slate, gpu, random, random_routing, random_shapes  # noqa: F401
 from sctd_kernels import gather_tokens, merge_tokens, reference
+
+from helpers.kernels import DEVICE, FLOATS, LAYOUTS, gpu, random, random_routing, random_shapes
 
 SHAPES = [(1, 1, 1, 1), (3, 11, 4, 100), (2, 37, 37, 16), (1, 5, 1, 1000), (2, 9, 5, 1024), (1, 6, 3, 1280), (0, 4, 2, 8)]
 

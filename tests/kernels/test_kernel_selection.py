@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_support import DEVICE, clean_slate, random_shapes  # noqa: F401
 from sctd_kernels import reference, select_tokens
+
+from helpers.kernels import DEVICE, random_shapes
 
 SHAPES = [(1, 1, 1), (2, 7, 7), (3, 37, 1), (2, 130, 77), (2, 512, 256), (1, 1000, 999), (1, 2048, 5), (1, 4096, 2048)]
 ODD_SCORES = [0.0, -0.0, 1.0, 1.0, 10.0, 10.0, 9.999999, 1e4, -1.0, -2.5, 1e-40, math.nan, math.inf, -math.inf]

@@ -3,14 +3,13 @@
 import copy
 
 import pytest
-import torch
-
-from kernel_support import DEVICE  # isort: skip  (chooses the interpreter, so it stands before what imports triton)
 import sctd_kernels.api
+import torch
 from sctd_kernels import cross_entropy
 from transformers import BertConfig, BertForMaskedLM
 
 import sctd_ds
+from helpers.kernels import DEVICE
 
 LENGTH, LABELS, ROWS, VOCABULARY = 12, 3, 4, 40
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import recipe_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,9 +30,21 @@ from transformers import (
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 
+from helpers import recipe_models
+
 PAD, UNK, CLS, SEP, MASK = range(5)
 KEPT_IDS = [UNK, CLS, SEP, MASK]
 VOCABULARY, WIDTH, LENGTH, LAYERS = 61, 32, 17, 6
+BERT_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -121,21 +132,8 @@ class HuggingFace(Family):
         self.name, self.cls, self.config, self.body, self.head, self.settings = cls.__name__, cls, config, body, head, settings
 
     def build(self, **config: Any) -> nn.Module:
-        sizes = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": WIDTH,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 2,
-            "intermediate_size": 48,
-            "max_position_embeddings": 40,
-            "type_vocab_size": 2,
-            "pad_token_id": PAD,
-            "bos_token_id": CLS,
-            "eos_token_id": SEP,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-        }
-        return self.cls(self.config(**{**sizes, **self.settings, **config}))
+        special = {"type_vocab_size": 2, "pad_token_id": PAD, "bos_token_id": CLS, "eos_token_id": SEP}
+        return self.cls(self.config(**{**BERT_SIZES, **special, **self.settings, **config}))
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         return getattr(model, self.body).encoder.layer
@@ -250,10 +248,8 @@ class HelloDeepSpeed(Scalar):
     ignore_index = PAD
 
     def build(self, **config: Any) -> nn.Module:
-        sizes = RobertaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=2,
-                              intermediate_size=48, max_position_embeddings=40, type_vocab_size=1, pad_token_id=PAD,
-                              hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **config)  # fmt: skip
-        return recipe_models.RobertaMLMModel(sizes, RobertaModel(sizes))
+        roberta = RobertaConfig(**BERT_SIZES, type_vocab_size=1, pad_token_id=PAD, **config)
+        return recipe_models.RobertaMLMModel(roberta, RobertaModel(roberta))
 
     def arguments(self, batch: Rows) -> tuple[tuple, dict]:
         return (), {"src_tokens": batch.ids, "attention_mask": batch.mask, "tgt_tokens": self.labels(batch)}
@@ -373,14 +369,17 @@ def roberta_head(model: nn.Module, x: Tensor) -> Tensor:
     return model.lm_head(x)
 
 
+def electra_head(model: nn.Module, x: Tensor) -> Tensor:
+    return model.generator_lm_head(model.generator_predictions(x))
+
+
 FAMILIES: list[Family] = [
     HuggingFace(BertForMaskedLM, BertConfig, "bert", lambda model, x: model.cls(x)),
     PreTraining(BertForPreTraining, BertConfig, "bert", lambda model, x: model.cls.predictions(x)),
     HuggingFace(RobertaForMaskedLM, RobertaConfig, "roberta", roberta_head),
     HuggingFace(XLMRobertaForMaskedLM, XLMRobertaConfig, "roberta", roberta_head),
     HuggingFace(CamembertForMaskedLM, CamembertConfig, "roberta", roberta_head),
-    HuggingFace(ElectraForMaskedLM, ElectraConfig, "electra",
-                lambda model, x: model.generator_lm_head(model.generator_predictions(x)), embedding_size=16),
+    HuggingFace(ElectraForMaskedLM, ElectraConfig, "electra", electra_head, embedding_size=16),
     DistilBert(),
     ModernBert(),
     HelloDeepSpeed(),
@@ -389,7 +388,7 @@ FAMILIES: list[Family] = [
     AcademicBudget("post-ln", sparse=False),
     Megatron(binary=True),
     Megatron(binary=False),
-]  # fmt: skip
+]
 
 
 def build(family: Family, **config: Any) -> nn.Module:

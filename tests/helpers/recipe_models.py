@@ -1,7 +1,7 @@
-"""Models with the interfaces of well-known DeepSpeed recipes, small and written anew: stand-ins to test adapters against.
+"""Small stand-ins for the models of well-known DeepSpeed recipes, to test adapters on.
 
-What is kept is what an adapter touches: module names, argument order, mask and label conventions, return types, where
-LayerNorms and losses sit. The recipes themselves need stacks that no longer install.
+They keep what an adapter touches: module names, argument order, mask and label conventions, return types, where
+LayerNorms and losses sit. The recipes themselves need versions of packages that no longer install.
 """
 
 from types import SimpleNamespace

@@ -1,8 +1,9 @@
-"""The method once more, as plainly as it can be said: float64, one sequence at a time, no masks, nothing shared.
+"""The method a second time, in plain code: float64, one sequence at a time, no masks, nothing shared.
 
-A second specification to test the package against, so it imports nothing from it. Where the package masks padding, the
-oracle never sees it: a sequence here *is* its real tokens. Where the package shares the first layers between the two
-passes, the oracle runs each pass from the embeddings on. Layers are numbered from 1, as in the paper.
+The tests compare the package with this specification, so it imports nothing from the package. Where the package
+masks padding, the oracle never sees it: a sequence here *is* its real tokens. Where the package shares the first
+layers between the two passes, the oracle runs each pass from the embeddings on. Layers are numbered from 1, as in
+the paper.
 
 Covers Hugging Face's `BertForMaskedLM` (post-norm, erf GELU, decoder tied to the word embeddings) without dropout.
 """
@@ -23,7 +24,7 @@ TIED = {"cls.predictions.decoder.weight": WORD_EMBEDDINGS, "cls.predictions.deco
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a state_dict does not tell: layers, heads, LayerNorm's epsilon, the id whose embedding row is frozen."""
+    """What a state_dict does not hold: layers, heads, LayerNorm's epsilon, the id whose embedding row is frozen."""
 
     layers: int
     heads: int
@@ -79,7 +80,7 @@ class Outcome:
     kl: float
 
 
-# Selection (section 2, "Selection")
+# Selection
 
 
 def kept_count(length: int, drop_ratio: float) -> int:
@@ -117,12 +118,12 @@ class Bert:
 
     def embed(self, ids: Sequence[int], types: Sequence[int], positions: Sequence[int]) -> Tensor:
         rows = []
-        for token, kind, position in zip(ids, types, positions, strict=True):
+        for token, segment, position in zip(ids, types, positions, strict=True):
             word = self.weights[WORD_EMBEDDINGS][token]
             if token == self.sizes.pad_token_id:
                 word = word.detach()  # nn.Embedding(padding_idx=...) learns nothing for this id through its lookup
-            kind_row = self.weights["bert.embeddings.token_type_embeddings.weight"][kind]
-            rows.append(word + kind_row + self.weights["bert.embeddings.position_embeddings.weight"][position])
+            segment_row = self.weights["bert.embeddings.token_type_embeddings.weight"][segment]
+            rows.append(word + segment_row + self.weights["bert.embeddings.position_embeddings.weight"][position])
         return self.norm("bert.embeddings.LayerNorm", torch.stack(rows))
 
     def layer(self, number: int, x: Tensor, source: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ class Bert:
         return penultimate, x
 
     def dropped_pass(self, x: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Section 2, "Layers". `kept` indexes the rows of `x`. Returns layer l-1 (kept rows) and layer l (all rows)."""
+        """Only kept tokens in the middle layers. `kept` indexes rows of `x`. Returns layers l-1 (kept rows) and l (all)."""
         last = self.sizes.layers
         cross = last // 2
         for number in range(1, cross):  # 1 .. l//2 - 1: all tokens
@@ -284,7 +285,7 @@ def run(
     )
 
 
-# Importance (section 2, "Importance")
+# Importance
 
 
 def updated_table(
