@@ -3,19 +3,15 @@
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import deepspeed
 import pytest
 from transformers import BertConfig
 
+import pretrain
 from helpers import ROOT
 from helpers.runs import settings, write_settings
-
-sys.path.insert(0, str(ROOT))
-
-import pretrain
 from sctd_ds import ConfigError, ScTDConfig, config, deepspeed_json
 from sctd_ds.engine import checkpoint, ranks
 from sctd_ds.run import job

@@ -45,9 +45,10 @@ RESUMED = (1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * EPOCH)
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
 def rank(request, small_data, tmp_path_factory):
-    """The first rank of a launch of the next two scenarios."""
+    """The first rank of a launch of the next four scenarios."""
     folder = tmp_path_factory.mktemp(f"resume{request.param}")
     write_settings(folder / "mini.json", pretrain={"data": str(small_data)})
+    write_settings(folder / "phases.json", pretrain={"data": str(small_data)}, sctd={"dense_start": 3, "dense_finish": 0.2})
     return run_scenarios(__name__, folder, ranks=request.param)[0]
 
 
@@ -62,6 +63,39 @@ def whole(here):
 def resumed(here, step):
     continue_run(here.folder / "mini.json", here.folder / "whole", here.folder / f"from_{step}", step)
     return str(here.folder / f"from_{step}")
+
+
+@scenario
+def whole_with_dense_phases(here):
+    """Steps 1 to 3 and the last 20 %, steps 12 to 14, are dense."""
+    train_whole_run(here.folder / "phases.json", here.folder / "phases")
+    return str(here.folder / "phases")
+
+
+@scenario(cases=(2, 3, 11))
+def resumed_with_dense_phases(here, step):
+    continue_run(here.folder / "phases.json", here.folder / "phases", here.folder / f"phases_from_{step}", step)
+    return str(here.folder / f"phases_from_{step}")
+
+
+@pytest.mark.parametrize("step", [2, 3, 11])
+def test_a_run_with_dense_phases_resumes_exactly(rank, step):
+    assert_same_end(Path(rank(whole_with_dense_phases)), Path(rank(resumed_with_dense_phases, step)))
+
+
+def test_a_run_with_dense_phases_says_so(rank):
+    run = Path(rank(whole_with_dense_phases))
+    train = [r for r in metrics.read(run / "metrics.jsonl") if r["event"] == "train"]
+    dropping = ["align" if t % INTERVAL == 0 else "drop" for t in range(4, 12)]
+    assert [r["mode"] for r in train] == ["dense"] * 3 + dropping + ["dense"] * 3
+    assert all(r["kept_token_share"] == (1.0 if r["mode"] == "dense" else 0.5) for r in train)
+    report, always = (json.loads((Path(rank(of)) / "report.json").read_text()) for of in (whole_with_dense_phases, whole))
+    assert report["dense_phases"] == [[1, 3], [12, 14]] and always["dense_phases"] == []
+    assert report["mode_shares"] == pytest.approx({"dense": 6 / 14, "drop": 6 / 14, "align": 2 / 14})
+    cost = report["flops_per_sequence"]
+    taken = [cost[r["mode"]] for r in train]
+    assert report["flops_saved"] == pytest.approx(1 - sum(taken) / len(taken) / cost["dense"])
+    assert 0 < report["flops_saved"] < always["flops_saved"]
 
 
 @pytest.mark.parametrize("step", RESUMED)

@@ -180,6 +180,16 @@ def test_schedule_counts_optimizer_steps(whole):
     assert (run.scores != 10.0).sum() > len(KEPT_IDS)
 
 
+def test_dense_phases_count_from_the_trainers_steps(tmp_path):
+    run = train(tmp_path, config={**METHOD, "dense_start": 0.3, "dense_finish": 1})
+    assert run.modes == [mode for mode in ["dense", "dense", *MODES[2:6], "dense"] for _ in range(2)]
+    with pytest.raises(sctd_ds.ConfigError, match="make all 7 steps dense"):
+        train(tmp_path / "none", config={**METHOD, "dense_start": 7})
+    loop = sctd_ds.StepClock(sctd_ds.convert(model(), sctd_ds.ScTDConfig(**METHOD, dense_start=0.5)))
+    with pytest.raises(sctd_ds.ConfigError, match=re.escape("set sctd.total_steps")):
+        loop.begin()
+
+
 @pytest.mark.parametrize("restore", [False, True], ids=["given", "restored-by-the-trainer"])
 def test_resuming_continues_exactly(whole, restore):
     run, folder = whole

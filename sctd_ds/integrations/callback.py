@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 from sctd_ds.adapters.special_tokens import special_ids
 from sctd_ds.config import ConfigError, ScTDConfig, sctd_block
 from sctd_ds.method.convert import convert, importance, set_mode, state_of
-from sctd_ds.method.schedule import Mode, step_mode
+from sctd_ds.method.schedule import Mode, dropping_phase, step_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,6 +57,15 @@ class StepClock:
             yield self.begin()
             if accelerator.sync_gradients:
                 self.end(skipped=accelerator.optimizer_step_was_skipped)
+
+    def count_to(self, total_steps: int) -> None:
+        """Tell the method how many optimizer steps the run has, from which dense phases may count.
+
+        Raises ConfigError where the dense phases leave no step to drop tokens in.
+        """
+        state = state_of(self._model)
+        state.config = state.config.model_copy(update={"total_steps": total_steps})
+        dropping_phase(state.config)
 
     def begin(self) -> Mode:
         """Set the model to the mode of the next optimizer step, and return this mode."""
@@ -117,6 +126,7 @@ class ScTDCallback(TrainerCallback, ExportableState):
                 "label_smoothing_factor computes the loss outside the model, from logits that a training forward with token "
                 "dropping does not have: set it to 0"
             )
+        clock.count_to(state.max_steps)
         # The Trainer's constructor fills this with states by class name, and saving expects an entry for each callback.
         callbacks = cast(dict[str, Any], state.stateful_callbacks)
         saved = callbacks.setdefault(type(self).__name__, {})

@@ -42,6 +42,15 @@ def dropping_phase(config: ScTDConfig) -> tuple[float, float]:
     return start, end
 
 
+def dense_phases(config: ScTDConfig) -> list[tuple[int, int]]:
+    """First and last step of each dense phase of a run that drops tokens at other times; its number of steps is known."""
+    assert config.total_steps is not None
+    if config.method == "dense":
+        return []
+    start, end = (int(step) for step in dropping_phase(config))
+    return [(first, last) for first, last in ((1, start), (end + 1, config.total_steps)) if first <= last]
+
+
 def _steps(config: ScTDConfig, key: Literal["dense_start", "dense_finish"]) -> int:
     """The length of a dense phase in steps."""
     length, total = getattr(config, key), config.total_steps

@@ -14,7 +14,7 @@ import transformers
 from sctd_ds import data
 from sctd_ds.engine import ranks
 from sctd_ds.method.flops import Shape
-from sctd_ds.method.schedule import mean_cost
+from sctd_ds.method.schedule import dense_phases, mean_cost
 from sctd_ds.run import models, report, settings
 from sctd_ds.run.probe import Probe
 from sctd_ds.run.settings import RunConfig
@@ -123,7 +123,9 @@ def describe(model: transformers.PreTrainedModel, run: RunConfig, packed: data.P
     rows = f"{len(packed.train):,} rows of {options.seq_length} tokens to train on, {len(packed.validation):,} to validate"
     replicas = "ranks" if options.stages == 1 else f"pipelines of {options.stages} stages"
     step = f"{run.world_size} {replicas} x {run.micro_batch} rows x {run.accumulation} micro-batches"
-    return f"{run.name}: {size}, {rows}; a step is {step}"
+    dense = " and ".join(f"{first} to {last}" for first, last in dense_phases(run.sctd))
+    phases = f"; steps {dense} are dense" if dense else ""
+    return f"{run.name}: {size}, {rows}; a step is {step}{phases}"
 
 
 def forecast(run: RunConfig, shape: Shape, measured: Probe) -> str:

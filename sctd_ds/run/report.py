@@ -16,7 +16,7 @@ from sctd_ds.data import PackedData
 from sctd_ds.integrations.export import export
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 from sctd_ds.method.plan import kept_tokens
-from sctd_ds.method.schedule import modes
+from sctd_ds.method.schedule import dense_phases, mode_shares, modes
 from sctd_ds.run import metrics
 from sctd_ds.run.environment import Environment, peak_flops, versions
 from sctd_ds.run.metrics import METRICS, Event, Record
@@ -28,7 +28,7 @@ from sctd_ds.run.settings import RunConfig
 class Report:
     """Everything known about a run, under the keys of report.json. None: not measured, or not known.
 
-    Savings are shares of a dense step's operations or time.
+    Savings are shares of a dense step's operations or time, averaged over all steps of the run's schedule.
     """
 
     name: str
@@ -46,6 +46,10 @@ class Report:
     flops_per_sequence: dict[str, float]
     """By mode."""
     kept_token_share: float
+    mode_shares: dict[str, float]
+    """Share of the run's steps by mode, by its schedule."""
+    dense_phases: list[tuple[int, int]]
+    """First and last step of each dense phase of a run that drops tokens at other times."""
     run_step_ms: dict[str, float]
     """By mode, the median of the run's own steps without the first."""
     samples_per_s: float | None
@@ -93,6 +97,8 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, records: Sequence[R
         flops_saved=flops_saved(shape, run.sctd),
         flops_per_sequence=flops,
         kept_token_share=kept_share(run),
+        mode_shares={mode: share for mode, share in mode_shares(run.sctd).items() if share},
+        dense_phases=dense_phases(run.sctd),
         run_step_ms=step_ms,
         samples_per_s=speed,
         tokens_per_s=speed * shape.length if speed else None,
@@ -174,6 +180,9 @@ def saving_lines(report: Report) -> list[str]:
         if report.time_saved_against_huggingface is not None:
             line += f", {report.time_saved_against_huggingface:.1%} against untouched Hugging Face"
         lines.append(line)
+        if report.dense_phases:
+            shares = ", ".join(f"{share:.0%} {mode}" for mode, share in report.mode_shares.items())
+            lines.append(f"  schedule         {shares} steps, over which the time saved is averaged")
     if report.bubble_share:
         shares = ", ".join(f"{mode} {share:.0%}" for mode, share in report.bubble_share.items())
         ideal = (report.stages - 1) / (report.micro_batches + report.stages - 1)
@@ -245,6 +254,8 @@ def plot(report: Report, records: Sequence[Record], path: Path) -> None:
         times.axhline(report.step_ms["dense"], color="k", lw=1, ls="--", label="dense (measured at start-up)")
     times.set(title="Step time by mode", xlabel="step", ylabel="ms", ylim=(0, None))
     for panel in (loss, times):
+        for number, (first, last) in enumerate(report.dense_phases):
+            panel.axvspan(first - 0.5, last + 0.5, color="0.92", zorder=0, label=None if number else "dense phase")
         if panel.lines:
             panel.legend(fontsize=8)
 
