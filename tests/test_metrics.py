@@ -98,14 +98,14 @@ def test_report_json_keeps_its_keys(tmp_path):
     run = job.load(settings())
     written = json.loads(json.dumps(report.build(run, SHAPE, probe, record(tmp_path)).to_json()))
     wanted = """name method steps loss trained_model validation validation_before flops_saved flops_per_sequence
-    kept_token_share run_step_ms samples_per_s tokens_per_s time_saved time_saved_against_huggingface step_ms mfu
+    kept_token_share mode_shares dense_phases run_step_ms samples_per_s tokens_per_s time_saved time_saved_against_huggingface step_ms mfu
     peak_memory_bytes environment ranks stages micro_batches bubble_share global_batch seq_length probe"""
     assert set(wanted.split()) == written.keys()
     about = "device python torch triton deepspeed transformers datasets sctd_ds commit cuda date"
     assert set(about.split()) == written["environment"].keys()
     assert written["loss"] == {"first": 6.25, "last": 6.25} and written["validation"]["loss_full"] == 5.5
     assert written["samples_per_s"] == 8 / 0.25 and written["tokens_per_s"] == 32 * 8 / 0.25
-    assert written["time_saved"] == pytest.approx(1 - (0.75 * 3 + 0.25 * 5) / 4)
+    assert written["time_saved"] == pytest.approx(1 - (11 * 3 + 3 * 5) / 14 / 4)  # 3 of the 14 steps align
     assert written["time_saved_against_huggingface"] is None  # not timed
 
 
