@@ -98,7 +98,8 @@ def test_report_json_keeps_its_keys(tmp_path):
     run = job.load(settings())
     written = json.loads(json.dumps(report.build(run, SHAPE, probe, record(tmp_path)).to_json()))
     wanted = """name method steps loss trained_model validation validation_before flops_saved flops_per_sequence
-    kept_token_share mode_shares dense_phases run_step_ms samples_per_s tokens_per_s time_saved time_saved_against_huggingface step_ms mfu
+    kept_token_share mode_shares dense_phases run_step_ms samples_per_s tokens_per_s time_saved
+    time_saved_against_huggingface step_ms mfu
     peak_memory_bytes environment ranks stages micro_batches bubble_share global_batch seq_length probe"""
     assert set(wanted.split()) == written.keys()
     about = "device python torch triton deepspeed transformers datasets sctd_ds commit cuda date"
