@@ -29,7 +29,7 @@ from sctd_ds.engine import checkpoint, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.ranks import init_distributed
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
-from sctd_ds.run import job, models, probe, report
+from sctd_ds.run import control, job, models, probe, report
 from sctd_ds.run.metrics import Metrics
 from sctd_ds.run.settings import RunConfig
 from sctd_ds.run.validation import validate
@@ -66,6 +66,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--dry-run",
         action="store_true",
         help="check everything, build the model, time steps of each mode and forecast the run; write only the data cache",
+    )
+
+    run.add_argument(
+        "--write-control",
+        type=Path,
+        metavar="FILE",
+        help="write the configuration of dense training with as many operations as this run, for the same number of ranks, "
+        "and stop; `python -m sctd_ds.compare` compares the two finished runs",
     )
 
     start = parser.add_argument_group("where it starts")
@@ -131,6 +139,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # What a step costs
     shape = job.shape_of(model, run, packed)
+    if arguments.write_control:
+        ranks.on_first(lambda: control.write(run, shape, arguments.data or options.data, arguments.write_control))
+        return 0
     repeats = 2 if arguments.dry_run else options.probe_steps
     measured = probe.measure(model, run, loader, repeats) if repeats else None
     loader.load_state_dict({"position": 0})

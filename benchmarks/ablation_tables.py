@@ -105,10 +105,8 @@ class Outcome:
 
     values: dict[str, float]
     points: list[dict[str, float]]
-    """By step: "step", "seconds" of training so far, "dense_steps" (operations so far, in dense steps), and measures.
-
-    Seconds count each step with the median time of its mode, because stalls of the machine are no property of a method.
-    """
+    """By step: "step", "seconds" of training so far (see `metrics.Point`), "dense_steps" (operations so far, in dense steps of
+    the base), and measures."""
 
 
 def write(out: Path, runs: Runs, base: RunConfig, *, about: str, tasks: Sequence[str] = (), synthetic: bool = False) -> str:
@@ -159,28 +157,26 @@ def outcome(run: Run, report: Mapping[str, Any], base: RunConfig, out: Path, tas
     values[SAVED] = 100 * (1 - cost)
     values |= score(found, tasks) | found
 
-    records = metrics.read(run.folder(out) / "metrics.jsonl")
-    by_mode: dict[str, list[float]] = {}
-    for record in records:
-        if record["event"] == "train":
-            by_mode.setdefault(record["mode"], []).append(record["step_ms"])
-    median_ms = {mode: statistics.median(times) for mode, times in by_mode.items()}
-    seconds, points = 0.0, []
-    for record in records:
-        if record["event"] == "train":
-            seconds += median_ms[record["mode"]] / 1000
-        else:
-            step = record["step"]
-            scored = found if step == report["steps"] else measured(f"{run.name}@{step}", out)
-            point = {"step": step, "seconds": seconds, "dense_steps": step * cost, LOSS: record[LOSS]}
-            points.append(point | score(scored, tasks))
+    records, flops = metrics.read(run.folder(out) / "metrics.jsonl"), report["flops_per_sequence"]
+    base_step = base_flops(run, report, base)
+    points = []
+    for point in metrics.curve(records, flops, batch=1):
+        step = point.record["step"]
+        scored = found if step == report["steps"] else measured(f"{run.name}@{step}", out)
+        costs = {"step": step, "seconds": point.seconds, "dense_steps": point.operations / base_step}
+        points.append({**costs, LOSS: point.record[LOSS], **score(scored, tasks)})
     return Outcome(values, points)
 
 
 def operations(run: Run, report: Mapping[str, Any], base: RunConfig) -> float:
-    """The operations of the run's mean step, in dense steps of the base's model with all its layers.
+    """The operations of the run's mean step, in dense steps of the base's model with all its layers."""
+    return (1 - report["flops_saved"]) * report["flops_per_sequence"]["dense"] / base_flops(run, report, base)
 
-    The base's dense step is the run's own plus the layers that the run lacks, so no other run needs to be finished.
+
+def base_flops(run: Run, report: Mapping[str, Any], base: RunConfig) -> float:
+    """Operations of a sequence in a dense step of the base's model with all its layers.
+
+    They are the run's own plus those of the layers that the run lacks, so no other run needs to be finished.
     """
     sizes = model_config(base.pretrain)
     layers, length = sizes.num_hidden_layers, base.pretrain.seq_length
@@ -188,8 +184,7 @@ def operations(run: Run, report: Mapping[str, Any], base: RunConfig) -> float:
     shape = Shape(layers, sizes.hidden_size, sizes.intermediate_size, vocabulary=0, length=length, labels=0)
     whole_layer = part_flops(shape, base.sctd, "dense")[0]
     lacking = layers - dict(run.changes).get(LAYERS, layers)
-    dense = report["flops_per_sequence"]["dense"]
-    return (1 - report["flops_saved"]) * dense / (dense + lacking * whole_layer)
+    return report["flops_per_sequence"]["dense"] + lacking * whole_layer
 
 
 def measured(name: str, out: Path) -> dict[str, float]:

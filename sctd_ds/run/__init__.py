@@ -7,6 +7,7 @@
     models       the model: a new one, or a trained one
     probe        what a step of each mode takes
     report       what the run leaves behind
+    control      dense training with the same operations, to compare the run with
     job          data, batches, and the forecast of a dry run
 
 Each imports only those above it.

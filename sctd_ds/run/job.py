@@ -130,7 +130,7 @@ def describe(model: transformers.PreTrainedModel, run: RunConfig, packed: data.P
 
 def forecast(run: RunConfig, shape: Shape, measured: Probe) -> str:
     """What a dry run prints: step time by mode, saving, the whole run's time, memory."""
-    lines = report.saving_lines(report.build(run, shape, measured, records=[]))
+    lines = report.saving_lines(report.build(run, shape, measured))
     hours = mean_cost(run.sctd, measured.step_ms) * run.pretrain.steps / 3.6e6
     lines.append(f"  whole run        {run.pretrain.steps:,} steps, about {hours:,.1f} hours on this device")
     for mode, size in measured.peak_bytes.items():

@@ -177,6 +177,39 @@ def of(event: Event, records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record["event"] == event]
 
 
+@dataclass(frozen=True)
+class Point:
+    """A validation along a run, and what the training steps before it cost."""
+
+    record: Record
+    operations: float
+    """Floating-point operations."""
+    seconds: float
+    """Each step counts with the median time of its mode, because stalls of the machine are no property of a method."""
+
+
+def curve(records: Sequence[Record], flops: Mapping[str, float], batch: int) -> list[Point]:
+    """The validations of a run. flops: operations of one sequence by mode. batch: sequences of a step."""
+    median = step_ms(of("train", records))
+    operations = seconds = 0.0
+    points = []
+    for record in records:
+        if record["event"] == "train":
+            operations += batch * flops[record["mode"]]
+            seconds += median[record["mode"]] / 1000
+        else:
+            points.append(Point(record, operations, seconds))
+    return points
+
+
+def step_ms(train: Sequence[Record]) -> dict[str, float]:
+    """Median step time by mode, without each mode's first step, which warms up."""
+    times: dict[str, list[float]] = {}
+    for record in train:
+        times.setdefault(record["mode"], []).append(record["step_ms"])
+    return {mode: statistics.median(ms[1:] or ms) for mode, ms in times.items()}
+
+
 def _over(records: Sequence[Record]) -> Record:
     """The log line's values over several training steps: means or last values, as each metric says."""
     values = {}

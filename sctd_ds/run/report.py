@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -40,6 +41,8 @@ class Report:
     """The model that the run started from; None: a new one."""
     validation: Record
     """The last one."""
+    validated_on: dict[str, Any]
+    """What decides whether losses of two runs compare: the data's fingerprint, its held-out rows, their length and masks."""
     validation_before: Record
     """That of a trained model, before the first step."""
     flops_saved: float
@@ -76,14 +79,16 @@ class Report:
         return asdict(self)
 
 
-def build(run: RunConfig, shape: Shape, probe: Probe | None, records: Sequence[Record]) -> Report:
-    """The report of a run with these records; without any, what its settings and the probe say."""
+def build(
+    run: RunConfig, shape: Shape, probe: Probe | None, records: Sequence[Record] = (), packed: PackedData | None = None
+) -> Report:
+    """The report of a run with these records on this data; without any, what its settings and the probe say."""
     train, validation = metrics.of("train", records), metrics.of("validation", records)
     device_type = get_accelerator().device_name()
     environment = Environment.collect(device_type)
     flops: dict[str, float] = {mode: sequence_flops(shape, run.sctd, mode) for mode in modes(run.sctd)}
     # Speed is that of each mode's median step, taken as often as in the run: start-up and saving do not count.
-    taken, step_ms = [record["mode"] for record in train], _step_ms(train)
+    taken, step_ms = [record["mode"] for record in train], metrics.step_ms(train)
     speed = 1000 * run.global_batch / statistics.fmean(step_ms[mode] for mode in taken) if taken else None
     peak = peak_flops(environment.device)
     return Report(
@@ -93,6 +98,7 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, records: Sequence[R
         loss={"first": train[0]["loss"], "last": train[-1]["loss"]} if train else {},
         trained_model=run.pretrain.trained_model,
         validation=validation[-1] if validation else {},
+        validated_on=_validated_on(run, packed) if packed else {},
         validation_before=next((record for record in validation if record["step"] == 0), {}),
         flops_saved=flops_saved(shape, run.sctd),
         flops_per_sequence=flops,
@@ -118,18 +124,20 @@ def build(run: RunConfig, shape: Shape, probe: Probe | None, records: Sequence[R
     )
 
 
+def _validated_on(run: RunConfig, packed: PackedData) -> dict[str, Any]:
+    rows = min(len(packed.validation), math.ceil(run.pretrain.validation_rows / run.micro_batch) * run.micro_batch)
+    return {
+        "fingerprint": packed.meta.fingerprint,
+        "rows": rows,
+        "seq_length": run.pretrain.seq_length,
+        "mlm_probability": run.pretrain.mlm_probability,
+    }
+
+
 def kept_share(run: RunConfig) -> float:
     """Share of the tokens that the middle layers see in a step that drops tokens."""
     length = run.pretrain.seq_length
     return 1.0 if run.sctd.method == "dense" else kept_tokens(length, run.sctd.drop_ratio) / length
-
-
-def _step_ms(train: Sequence[Record]) -> dict[str, float]:
-    """Median step time by mode, without each mode's first step, which warms up."""
-    times: dict[str, list[float]] = {}
-    for record in train:
-        times.setdefault(record["mode"], []).append(record["step_ms"])
-    return {mode: statistics.median(ms[1:] or ms) for mode, ms in times.items()}
 
 
 def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe: Probe | None, folder: Path) -> None:
@@ -140,7 +148,7 @@ def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe:
         export(engine, folder / "model")
         return
     records = metrics.read(folder / "metrics.jsonl")
-    report = build(run, shape, probe, records)
+    report = build(run, shape, probe, records, packed)
     export(engine, folder / "model", tokenizer, card(report, run, packed.meta.sources))
     (folder / "report.json").write_text(json.dumps(report.to_json(), indent=2), encoding="utf-8")
     plot(report, records, folder / "report.png")
