@@ -221,6 +221,21 @@ def test_what_may_differ_is_more_from_a_table_to_a_resumed_run_to_a_new_layout()
     assert own <= fields and config.MAY_DIFFER_ON_START - own <= deepspeed_json.DEEPSPEED_KEYS
 
 
+def test_a_checkpoint_from_before_a_key_existed_did_what_its_default_does():
+    new = {"sctd.dense_start": 0, "sctd.dense_finish": 0.1}
+    assert config.differences({}, new) == ["sctd.dense_finish: 0 -> 0.1"]
+    assert all(ScTDConfig().model_dump()[key.removeprefix("sctd.")] == value for key, value in config.NEW_KEYS.items())
+
+
+def test_the_method_counts_the_steps_of_the_run():
+    run = job.load(settings(sctd={"dense_start": 0.5}))
+    assert run.sctd.total_steps == run.pretrain.steps == 14 and "sctd.total_steps" not in run.flat()
+    with pytest.raises(ConfigError, match=re.escape("sctd.total_steps=5, but pretrain.steps=14: remove sctd.total_steps")):
+        job.load(settings(sctd={"total_steps": 5}))
+    with pytest.raises(ConfigError, match="make all 14 steps dense"):
+        job.load(settings(sctd={"dense_start": 14}))
+
+
 # Keys that an earlier version had
 
 
