@@ -29,7 +29,7 @@ from sctd_ds.engine import checkpoint, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.ranks import init_distributed
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
-from sctd_ds.run import control, job, models, probe, report
+from sctd_ds.run import control, job, lock, models, probe, report
 from sctd_ds.run.metrics import Metrics
 from sctd_ds.run.settings import RunConfig
 from sctd_ds.run.validation import validate
@@ -122,7 +122,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # Checkpoint to start from
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
-    found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not arguments.dry_run)
+    writes_nothing = arguments.dry_run or arguments.write_control is not None
+    if not writes_nothing:
+        ranks.on_first(lambda: lock.hold(folder))
+    found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not writes_nothing)
     origin = found or arguments.start_from
 
     # Data

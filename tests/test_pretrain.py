@@ -268,6 +268,39 @@ def test_damaged_checkpoints_are_named_and_passed_over(mini, capsys, caplog):
     assert "every checkpoint" in capsys.readouterr().err
 
 
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(mini, caplog):
+    assert mini(pretrain=FEW) == 0
+    checkpoints = mini.folder / "run" / "checkpoints"
+    damaged = checkpoints / "step_00000004" / "mp_rank_00_model_states.pt"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(bytes(content))
+    assert mini(pretrain=FEW) == 0
+    assert "replacing step_00000004" in caplog.text
+    assert checkpoint.verify(checkpoints / "step_00000004") is None
+
+
+def test_two_runs_cannot_write_in_one_folder(mini, capsys):
+    folder = mini.folder / "run"
+    folder.mkdir()
+    holding = (
+        "import sys; from pathlib import Path; from sctd_ds.run import lock; lock.hold(Path(sys.argv[1])); print(1, flush=True)"
+    )
+    command = [sys.executable, "-c", f"{holding}; sys.stdin.read()", str(folder)]
+    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"1\n"
+        assert mini(pretrain=FEW) == 2
+        assert f"process {other.pid} on " in capsys.readouterr().err
+        assert mini("--dry-run", pretrain=FEW) == 0  # it writes nothing
+    finally:
+        other.kill()
+        other.communicate()
+    assert not (folder / "checkpoints").exists()
+    assert mini(pretrain=FEW) == 0  # the lock went with its process
+    assert mini(pretrain=FEW) == 0  # and the same process may come back
+
+
 def test_resume_must_and_never(mini, capsys):
     assert mini("--resume", "must") == 2
     assert "holds no checkpoint" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def save(engine: Any, folder: Path, settings: Mapping[str, Any], position: int, 
     """
     final = folder / f"step_{engine.applied_steps:08d}"
     partial = folder / (_PARTIAL + final.name)
-    if final.exists():
+    if ranks.on_first(lambda: _is_saved(final)):
         return final
     first = dist.get_rank() == 0
     try:
@@ -74,6 +74,17 @@ def save(engine: Any, folder: Path, settings: Mapping[str, Any], position: int, 
         ) from error
     dist.barrier()
     return final
+
+
+def _is_saved(final: Path) -> bool:
+    """Whether a checkpoint is there and undamaged; a damaged one is deleted, for the same step to be saved again."""
+    if not final.exists():
+        return False
+    problem = verify(final)
+    if problem is not None:
+        logger.warning("replacing %s: %s", final.name, problem)
+        shutil.rmtree(final)
+    return problem is None
 
 
 def find(folder: Path, resume: str, tidy: bool = True) -> Path | None:

@@ -3,6 +3,7 @@
     environment  device, versions and commit
     metrics      METRICS, and what is written of them while the run trains
     validation   how good the model is, with all tokens and with dropping
+    lock         one run in a folder at a time
     settings     one JSON file: read, overridden, checked
     models       the model: a new one, or a trained one
     probe        what a step of each mode takes

@@ -1,0 +1,39 @@
+"""One run writes in a folder at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import TextIO
+
+from sctd_ds.config import ConfigError
+
+_held: dict[Path, TextIO] = {}
+
+
+def hold(folder: Path) -> None:
+    """Lock a run's folder for the life of this process, however it ends. Raises ConfigError where another process holds it.
+
+    The lock is one of the operating system on RUN/.lock, so a killed run leaves none behind.
+    """
+    path = folder.resolve() / ".lock"
+    if path in _held:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{folder}: the run cannot write there ({error}); choose another --output") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(f"{folder}: {holder} is training there; wait for it, stop it, or choose another --output") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _held[path] = file
