@@ -122,11 +122,12 @@ def main(argv: list[str] | None = None) -> int:
 
     # Checkpoint to start from
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
-    writes_nothing = arguments.dry_run or arguments.write_control is not None
-    if not writes_nothing:
-        ranks.on_first(lambda: lock.hold(folder))
-    found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not writes_nothing)
-    origin = found or arguments.start_from
+    found = origin = None
+    if not arguments.write_control:
+        if not arguments.dry_run:
+            ranks.on_first(lambda: lock.hold(folder))
+        found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not arguments.dry_run)
+        origin = found or arguments.start_from
 
     # Data
     packed = job.prepare_data(arguments.data or options.data, run)

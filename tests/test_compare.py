@@ -42,6 +42,7 @@ def runs(small_data, tmp_path_factory):
     assert not (folder / "nothing").exists()
     assert start(file, "--write-control", fairest) == 2  # never over a file that is there
     assert start(file, "--output", folder / "ours") == 0
+    assert start(file, "--set", "sctd.interval=2", "--write-control", folder / "other.json", "--output", folder / "ours") == 0
     # The file names its data.
     assert pretrain.run_and_report(["--deepspeed_config", str(fairest), "--output", str(folder / "control")]) == 0
     return folder
