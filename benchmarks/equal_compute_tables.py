@@ -231,27 +231,42 @@ def _plot(found: Mapping[str, Runs], path: Path) -> None:
     figure = Figure(figsize=(15, 5.5 * len(found)), layout="constrained")
     grid = figure.subplots(len(found), 2, squeeze=False, sharey="row", width_ratios=(1, 2))
     for (left, right), (regime, runs) in zip(grid, found.items(), strict=True):
-        shift = {name: differences(runs, name) for name in runs}
-        curve = [name for name in runs if name.startswith("dense-") and shift[name]]
-        places = [ARMS[name].budget for name in curve]
-        for seed in sorted({seed for name in curve for seed in shift[name]}):
-            known = [(place, shift[name][seed]) for place, name in zip(places, curve, strict=True) if seed in shift[name]]
-            left.plot(*zip(*known, strict=True), marker=".", lw=0.8, alpha=0.5, label=f"seed {seed}")
-        means = [statistics.fmean(shift[name].values()) for name in curve]
-        left.plot(places, means, "k", lw=1.5, label="mean")
-        left.set_xscale("log")
-        left.set_xticks(places, [f"{place:g}" for place in places], minor=False)
-        left.minorticks_off()
+        shifts = {name: differences(runs, name) for name in runs}
+        shifts = {name: shift for name, shift in shifts.items() if shift}
+        dense = {ARMS[name].budget: shift for name, shift in shifts.items() if name.startswith("dense-")}
+        means = {budget: statistics.fmean(shift.values()) for budget, shift in dense.items()}
+        _plot_dense(left, dense, means)
         left.set(title=f"{TITLES[regime]}: dense training", xlabel="operations, as a share of the budget")
         left.set_ylabel("validation loss minus that of dense training\nof the same seed and the whole budget (nats)")
-        left.legend(fontsize=7)
-        names = [name for name in runs if name not in curve and shift[name]]
-        for i, name in enumerate(names):
-            right.plot([i] * len(shift[name]), [*shift[name].values()], "o", color="tab:blue", alpha=0.5, ms=4)
-            right.plot([i - 0.3, i + 0.3], [statistics.fmean(shift[name].values())] * 2, color="tab:blue", lw=2)
-        for place, mean in zip(places, means, strict=True):
-            right.axhline(mean, color="0.6", lw=0.8, ls="--")
-            right.annotate(f"dense, {place:g}", (len(names) - 0.4, mean), fontsize=7, va="bottom", ha="right", color="0.4")
-        right.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        right.set(title="arms of the same operations: seeds and their mean")
+        _plot_arms(right, {name: shift for name, shift in shifts.items() if not name.startswith("dense-")}, means)
+        right.set(title="arms of the same operations: seeds and their mean; dashed: dense training of so many operations")
     figure.savefig(path, dpi=110)
+
+
+def _plot_dense(axis: Any, dense: Mapping[float, Mapping[int, float]], means: Mapping[float, float]) -> None:
+    """Differences in loss by share of the budget: a line per seed, and their mean."""
+    for seed in sorted({seed for shift in dense.values() for seed in shift}):
+        known = [(budget, shift[seed]) for budget, shift in dense.items() if seed in shift]
+        axis.plot(*zip(*known, strict=True), marker=".", lw=0.8, alpha=0.5, label=f"seed {seed}")
+    axis.plot([*means], [*means.values()], "k", lw=1.5, label="mean")
+    axis.set_xscale("log")
+    axis.set_xticks([*means], [f"{budget:g}" for budget in means])
+    axis.minorticks_off()
+    axis.legend(fontsize=7)
+
+
+def _plot_arms(axis: Any, shifts: Mapping[str, Mapping[int, float]], dense: Mapping[float, float]) -> None:
+    """A place per arm, and a dashed line for each dense mean. What is far worse than all of these stands at the upper edge."""
+    ceiling = 2 * max([mean for mean in dense.values() if mean > 0], default=math.inf)
+    for place, (name, shift) in enumerate(shifts.items()):
+        mean = statistics.fmean(shift.values())
+        if mean > ceiling:
+            axis.plot(place, ceiling, "^", color="tab:red")
+            axis.annotate(f"{mean:+.2f}", (place, 0.95 * ceiling), fontsize=7, va="top", ha="center")
+        else:
+            axis.plot([place] * len(shift), [*shift.values()], "o", color="tab:blue", alpha=0.5, ms=4)
+            axis.plot([place - 0.3, place + 0.3], [mean] * 2, color="tab:blue", lw=2)
+    for budget, mean in dense.items():
+        axis.axhline(mean, color="0.6", lw=0.8, ls="--")
+        axis.annotate(f"{budget:g}", (len(shifts) - 0.4, mean), fontsize=7, va="bottom", ha="right", color="0.4")
+    axis.set_xticks(range(len(shifts)), [*shifts], rotation=30, ha="right")
