@@ -44,7 +44,7 @@ class Arm:
 def _arms() -> dict[str, Arm]:
     arms = {f"dense-{share:g}": Arm({"method": "dense"}, budget=share) for share in DENSE_BUDGETS}
     arms["fewer-layers"] = Arm({"method": "dense"}, fewer_layers=True)
-    methods = {
+    methods: dict[str, dict[str, Any]] = {
         "token_drop": {"method": "token_drop"},
         "sctd": {"method": "sctd"},
         "random": {"method": "token_drop", "importance": "random"},

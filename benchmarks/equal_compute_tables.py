@@ -258,7 +258,7 @@ def _plot_dense(axis: Any, dense: Mapping[float, Mapping[int, float]], means: Ma
 def _plot_arms(axis: Any, shifts: Mapping[str, Mapping[int, float]], dense: Mapping[float, float]) -> None:
     """A place per arm, and a dashed line for each dense mean. What is far worse than all of these stands at the upper edge."""
     ceiling = 2 * max([mean for mean in dense.values() if mean > 0], default=math.inf)
-    for place, (name, shift) in enumerate(shifts.items()):
+    for place, shift in enumerate(shifts.values()):
         mean = statistics.fmean(shift.values())
         if mean > ceiling:
             axis.plot(place, ceiling, "^", color="tab:red")
