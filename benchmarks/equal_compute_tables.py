@@ -211,17 +211,18 @@ def _origin(found: Mapping[str, Runs]) -> str:
 
 def _write_csv(path: Path, found: Mapping[str, Runs]) -> None:
     """A line per run, with its multiplier."""
-    measures = ("steps", "dense_steps", "layers", "labels", "loss_full", "loss_drop", "gap", "kl_last", "seconds", "commit")
+    measures = ("steps", "dense_steps", "layers", "labels", "loss_full", "seconds", "commit")
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["regime", "arm", "seed", *measures, "dense", "drop", "align", "multiplier", "bound"])
+        writer.writerow(["regime", "arm", "seed", *measures, "gap", "dense", "drop", "align", "multiplier", "bound"])
         for regime, runs in found.items():
             for name, by_seed in runs.items():
                 worth = multipliers(runs, name)
                 for seed, record in sorted(by_seed.items()):
                     modes = [record["modes"].get(mode, 0) for mode in ("dense", "drop", "align")]
                     end = [f"{worth[seed].value:.4f}", worth[seed].bound] if seed in worth else ["", ""]
-                    writer.writerow([regime, name, seed, *(record.get(key, "") for key in measures), *modes, *end])
+                    gap = record["points"][-1].get("gap", "") if record["points"] else ""
+                    writer.writerow([regime, name, seed, *(record[key] for key in measures), gap, *modes, *end])
 
 
 def _plot(found: Mapping[str, Runs], path: Path) -> None:

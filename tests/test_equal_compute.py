@@ -157,7 +157,10 @@ def test_each_kind_of_arm_trains_end_to_end_and_every_table_has_it(tmp_path, cap
         assert stored["labels"] >= TINY.labels and stored["environment"]["torch"] == torch.__version__
         assert math.isfinite(stored["loss_full"]) and stored["points"] and stored["seconds"] > 0
         assert sum(stored["modes"].values()) == stored["steps"] == int(row["steps"])
-        assert ("loss_drop" in stored) == (ARMS[row["arm"]].method["method"] != "dense")
+        last = stored["points"][-1]
+        # Here the points are validated on all rows: the last one is the end, by another way through the model.
+        assert last["step"] == stored["steps"] and last["loss_full"] == pytest.approx(stored["loss_full"], rel=1e-5)
+        assert ("loss_drop" in last) == (ARMS[row["arm"]].method["method"] != "dense")
 
 
 def test_finished_runs_are_kept_and_other_settings_are_refused(tmp_path, capsys):
