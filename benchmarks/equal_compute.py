@@ -9,10 +9,12 @@ continue from one dense model that was trained at a constant rate. Dense trainin
 each arm's loss can be read as operations that dense training needs for it: the compute multiplier.
 
 An arm's name is its method and its dense_start, a share of its steps: random-0.2 drops random tokens after a dense first
-fifth; random-0.2-finish is dense in its last fifth as well. --list prints all names.
+fifth; random-0.2-finish is dense in its last fifth as well. fewer-layers, a dense model of three quarters of the layers, exists
+from scratch only. --list prints all names.
 
 --out keeps a JSON file per finished run. The same command continues, other --arms and --seeds add to it, and several processes
-may work in one folder, each on seeds of its own. results.csv, tables.md and equal_compute.png show what is finished.
+may work in one folder, each on seeds of its own. results.csv, curves.csv, tables.md and equal_compute.png show what is
+finished.
 Exit status: 0 finished, 2 bad input.
 """
 
@@ -60,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.equal_compute", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
-    add("--out", type=Path, metavar="DIR", help="data, trunks, runs, results.csv, tables.md and the figure")
+    add("--out", type=Path, metavar="DIR", help="data, trunks, runs, tables and figure")
     add("--regime", nargs="+", choices=REGIMES, default=["scratch"], help="where arms start (default: scratch)")
     add("--arms", nargs="+", default=list(DEFAULT), metavar="PATTERN", help=f"default: {' '.join(DEFAULT)}")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of weights, data order, masks and dropout; "
@@ -95,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def carry_out(options: argparse.Namespace) -> None:
-    """Make the runs that are missing, one seed after the other, and the tables after every seed."""
+    """Make the runs that are missing, one seed after the other, and then the tables."""
     if options.out is None:
         raise ConfigError("--out DIR is missing")
     study = Study(**{field.name: getattr(options, field.name) for field in fields(Study)})
@@ -142,9 +144,8 @@ def is_finished(study: Study, out: Path, regime: Regime, name: str, arm: Arm, se
     path = file_of(out, regime, name, seed)
     if not path.is_file():
         return False
-    compare(
-        path, json.loads(path.read_text(encoding="utf-8"))["settings"], {**study.settings(regime), "method": dict(arm.method)}
-    )
+    settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    compare(path, settings, {**study.settings(regime), "method": dict(arm.method)})
     return True
 
 

@@ -1,4 +1,4 @@
-"""What the runs of the equal-compute study show: results.csv, tables.md and one figure.
+"""What the runs of the equal-compute study show: results.csv, curves.csv, tables.md and one figure.
 
 Everything is read from the JSON files that `benchmarks.equal_compute` writes, one per finished run. The compute multiplier of a
 run: operations that dense training needs for the run's validation loss, divided by the run's own operations. Dense training's
@@ -116,7 +116,7 @@ def multipliers(runs: Runs, name: str) -> dict[int, Multiplier]:
 
 
 def write(folder: Path) -> str:
-    """Write results.csv, tables.md and equal_compute.png of the finished runs; returns the Markdown."""
+    """Write results.csv, curves.csv, tables.md and equal_compute.png of the finished runs; returns the Markdown."""
     found = load(folder)
     parts = ["# Equal compute"]
     if not found:
@@ -126,7 +126,8 @@ def write(folder: Path) -> str:
         for regime, runs in found.items():
             parts += [f"## {TITLES[regime]}", _about(runs), arms_table(runs)]
         parts += why_tables(found)
-        _write_csv(folder / "results.csv", found)
+        _write_results(folder / "results.csv", found)
+        _write_curves(folder / "curves.csv", found)
         _plot(found, folder / "equal_compute.png")
     text = "\n\n".join(parts) + "\n"
     (folder / "tables.md").write_text(text, encoding="utf-8")
@@ -209,7 +210,7 @@ def _origin(found: Mapping[str, Runs]) -> str:
     return f"{size}, {hours:.1f} processor hours of training; commit {commits}; {machine}."
 
 
-def _write_csv(path: Path, found: Mapping[str, Runs]) -> None:
+def _write_results(path: Path, found: Mapping[str, Runs]) -> None:
     """A line per run, with its multiplier."""
     measures = ("steps", "dense_steps", "layers", "labels", "loss_full", "seconds", "commit")
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -223,6 +224,21 @@ def _write_csv(path: Path, found: Mapping[str, Runs]) -> None:
                     end = [f"{worth[seed].value:.4f}", worth[seed].bound] if seed in worth else ["", ""]
                     gap = record["points"][-1].get("gap", "") if record["points"] else ""
                     writer.writerow([regime, name, seed, *(record[key] for key in measures), gap, *modes, *end])
+
+
+def _write_curves(path: Path, found: Mapping[str, Runs]) -> None:
+    """A line per window of training steps and per validation along a run, each at its last step."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["regime", "arm", "seed", "step", "training_loss", "dense_steps", "loss_full", "gap"])
+        for regime, runs in found.items():
+            for name, by_seed in runs.items():
+                for seed, record in sorted(by_seed.items()):
+                    place = [regime, name, seed]
+                    writer.writerows([*place, step, f"{loss:.4f}", "", "", ""] for step, loss in record["training"])
+                    for point in record["points"]:
+                        values = [f"{point[key]:.4f}" if key in point else "" for key in ("dense_steps", "loss_full", "gap")]
+                        writer.writerow([*place, point["step"], "", *values])
 
 
 def _plot(found: Mapping[str, Runs], path: Path) -> None:

@@ -150,6 +150,8 @@ def test_each_kind_of_arm_trains_end_to_end_and_every_table_has_it(tmp_path, cap
     assert (tmp_path / "equal_compute.png").stat().st_size > 0
     with (tmp_path / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    with (tmp_path / "curves.csv").open(newline="") as file:
+        assert {(line["regime"], line["arm"]) for line in csv.DictReader(file)} == {(row["regime"], row["arm"]) for row in rows}
     scratch, trunk = ([row["arm"] for row in rows if row["regime"] == regime] for regime in REGIMES)
     assert sorted(scratch) == sorted(arms) and sorted(trunk) == sorted(set(arms) - {"fewer-layers"})
     for row in rows:
