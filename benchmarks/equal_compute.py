@@ -9,8 +9,8 @@ continue from one dense model that was trained at a constant rate. Dense trainin
 each arm's loss can be read as operations that dense training needs for it: the compute multiplier.
 
 An arm's name is its method and its dense_start, a share of its steps: random-0.2 drops random tokens after a dense first
-fifth; random-0.2-finish is dense in its last fifth as well. fewer-layers, a dense model of three quarters of the layers, exists
-from scratch only. --list prints all names.
+fifth; random-0.2-finish is dense in its last fifth as well. Two arms are dense training whose steps cost about a quarter less:
+fewer-layers, from scratch only, and fewer-rows. --list prints all names.
 
 --out keeps a JSON file per finished run. The same command continues, other --arms and --seeds add to it, and several processes
 may work in one folder, each on seeds of its own. results.csv, curves.csv, tables.md and equal_compute.png show what is

@@ -26,11 +26,15 @@ FINISH = 0.2  # dense_finish of the arms whose name ends in -finish
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to spend the budget. method: settings of ScTDConfig; budget: a factor; fewer_layers: three quarters of them."""
+    """One way to spend the budget.
+
+    method: settings of ScTDConfig. budget: a factor. fewer_layers, fewer_rows: three quarters of the study's.
+    """
 
     method: Mapping[str, Any]
     budget: float = 1.0
     fewer_layers: bool = False
+    fewer_rows: bool = False
 
     def config(self, steps: int) -> ScTDConfig:
         """The method, for a run of `steps` steps."""
@@ -40,10 +44,15 @@ class Arm:
         """Encoder layers of this arm's model, where the study's model has `layers`."""
         return layers - layers // 4 if self.fewer_layers else layers
 
+    def rows(self, rows: int) -> int:
+        """Rows per step of this arm, where the study has `rows`."""
+        return rows - rows // 4 if self.fewer_rows else rows
+
 
 def _arms() -> dict[str, Arm]:
     arms = {f"dense-{share:g}": Arm({"method": "dense"}, budget=share) for share in DENSE_BUDGETS}
     arms["fewer-layers"] = Arm({"method": "dense"}, fewer_layers=True)
+    arms["fewer-rows"] = Arm({"method": "dense"}, fewer_rows=True)  # as many steps as token_drop, about, and each of them dense
     methods: dict[str, dict[str, Any]] = {
         "token_drop": {"method": "token_drop"},
         "sctd": {"method": "sctd"},
@@ -59,7 +68,7 @@ def _arms() -> dict[str, Arm]:
 
 
 ARMS: dict[str, Arm] = _arms()
-DEFAULT = ("dense-*", "fewer-layers", *(f"{name}-{start:g}" for name in ("token_drop", "sctd", "random") for start in STARTS))
+DEFAULT = ("dense-*", "fewer-*", *(f"{name}-{start:g}" for name in ("token_drop", "sctd", "random") for start in STARTS))
 
 
 @dataclass(frozen=True)
@@ -105,16 +114,17 @@ class Study:
 
 
 class Costs:
-    """What steps and runs cost, in dense steps of the study's model. shape: that model's."""
+    """What steps and runs cost, in dense steps of the study's model. shape: that model's; rows: those of a step."""
 
-    def __init__(self, shape: Shape) -> None:
-        self._shape = shape
+    def __init__(self, shape: Shape, rows: int) -> None:
+        self._shape, self._rows = shape, rows
         self._unit = sequence_flops(shape, ScTDConfig(method="dense"), "dense")
 
     def of_modes(self, arm: Arm, config: ScTDConfig) -> dict[str, float]:
         """The cost of one step in each mode of `config`."""
         shape = replace(self._shape, layers=arm.layers(self._shape.layers))
-        return {mode: sequence_flops(shape, config, mode) / self._unit for mode in modes(config)}
+        share = arm.rows(self._rows) / self._rows
+        return {mode: share * sequence_flops(shape, config, mode) / self._unit for mode in modes(config)}
 
     def of_run(self, arm: Arm, steps: int) -> float:
         """The cost of a whole run of `steps` steps."""

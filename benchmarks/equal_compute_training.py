@@ -86,21 +86,22 @@ def read_text(study: Study, folder: Path) -> Text:
 def costs(study: Study, text: Text) -> Costs:
     """What a step of the study's model costs."""
     labels = data.Masker(text.packed.tokenizer, 0).labels_per_row(study.length)
-    return Costs(Shape(study.layers, study.hidden, study.intermediate, text.vocabulary, study.length, labels))
+    shape = Shape(study.layers, study.hidden, study.intermediate, text.vocabulary, study.length, labels)
+    return Costs(shape, study.rows)
 
 
 class Trainer:
     """A model of one seed, its optimizer, its data and its clock. A step is what a loop of a user's own would do.
 
-    method: the schedule. layers: of the model. position: rows of the training data that were used before.
+    method: the schedule. arm: for its layers and rows. position: rows of the training data that were used before.
     """
 
-    def __init__(self, study: Study, text: Text, method: ScTDConfig, seed: int, layers: int, position: int = 0) -> None:
+    def __init__(self, study: Study, text: Text, arm: Arm, method: ScTDConfig, seed: int, position: int = 0) -> None:
         transformers.set_seed(seed)
         sizes = transformers.BertConfig(
             vocab_size=text.vocabulary,
             hidden_size=study.hidden,
-            num_hidden_layers=layers,
+            num_hidden_layers=arm.layers(study.layers),
             num_attention_heads=study.heads,
             intermediate_size=study.intermediate,
             max_position_embeddings=study.length,
@@ -115,9 +116,8 @@ class Trainer:
         self.model = sctd_ds.convert(transformers.BertForMaskedLM(sizes), method).train()
         self.clock = sctd_ds.StepClock(self.model)
         self.optimizer = torch.optim.AdamW(_groups(self.model), betas=(0.9, 0.98), eps=1e-6, fused=True)
-        self._batches = data.Loader(
-            text.packed.train, masker, micro_batch=study.rows, accumulation=1, rank=0, world=1, seed=seed, start=position
-        )
+        rows, one_process = arm.rows(study.rows), {"accumulation": 1, "rank": 0, "world": 1}
+        self._batches = data.Loader(text.packed.train, masker, micro_batch=rows, seed=seed, start=position, **one_process)
         torch.manual_seed(seed + 1)  # of dropout: the same for every arm
 
     def step(self, rate: float) -> tuple[str, float]:
@@ -155,7 +155,7 @@ def rate_at(study: Study, regime: Regime, step: int, steps: int) -> float:
 def make_trunk(study: Study, text: Text, seed: int, path: Path) -> None:
     """Train the dense trunk of a seed at a constant rate after warm-up, and write weights, optimizer, table and loss."""
     # Nothing is dropped: the method is there for the table, which learns from the dense steps' losses.
-    trainer = Trainer(study, text, ScTDConfig(dense_start=study.trunk_steps), seed, study.layers)
+    trainer = Trainer(study, text, Arm({}), ScTDConfig(dense_start=study.trunk_steps), seed)
     start, losses = time.process_time(), []
     for step in range(1, study.trunk_steps + 1):
         losses.append(trainer.step(study.rate * min(1.0, step / study.warmup if study.warmup else 1.0))[1])
@@ -175,7 +175,7 @@ def make_trunk(study: Study, text: Text, seed: int, path: Path) -> None:
 def start(study: Study, text: Text, regime: Regime, arm: Arm, steps: int, seed: int, trunk: Path | None) -> Trainer:
     """The trainer of an arm before its first step: a new model, or the trunk's, with its optimizer and its table."""
     position = study.trunk_steps * study.rows if regime == "trunk" else 0
-    trainer = Trainer(study, text, arm.config(steps), seed, arm.layers(study.layers), position)
+    trainer = Trainer(study, text, arm, arm.config(steps), seed, position)
     if regime == "trunk":
         assert trunk is not None
         state = torch.load(trunk, weights_only=True)
@@ -208,6 +208,7 @@ def run(study: Study, text: Text, regime: Regime, arm: Arm, seed: int, trunk: Pa
     return {
         "settings": {**study.settings(regime), "method": dict(arm.method), "data": text.packed.meta.fingerprint},
         "layers": arm.layers(study.layers),
+        "rows": arm.rows(study.rows),
         "steps": steps,
         "modes": dict(taken),
         "dense_steps": spent,

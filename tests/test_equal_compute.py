@@ -20,7 +20,7 @@ from sctd_ds.method.schedule import step_mode
 MODEL = {"layers": 4, "hidden": 16, "heads": 2, "intermediate": 32, "rows": 4}
 TINY = Study(budget=12, trunk_steps=6, trunk_budget=8, warmup=2, documents=300, labels=200, **MODEL)
 OPTIONS = [part for name, value in vars(TINY).items() for part in (equal_compute.flag(name), str(value))]
-COSTS = Costs(Shape(layers=8, hidden=64, intermediate=256, vocabulary=2000, length=32, labels=4))
+COSTS = Costs(Shape(layers=8, hidden=64, intermediate=256, vocabulary=2000, length=32, labels=4), rows=48)
 
 
 def command(out, *arguments: str) -> int:
@@ -65,7 +65,7 @@ def test_arms_that_drop_get_more_steps_than_dense_training_and_fewer_after_a_den
         assert in_order == sorted(in_order, reverse=True) and in_order[-1] > 1000
         assert steps[f"{method}-0.2-finish"] < steps[f"{method}-0.2"]
     assert steps["random-0"] == steps["token_drop-0"] > steps["random-align-0"] == steps["sctd-0"]
-    assert steps["fewer-layers"] > steps["token_drop-0"]
+    assert steps["fewer-layers"] > steps["token_drop-0"] and steps["fewer-rows"] == 1333
 
 
 def test_a_budget_of_less_than_a_step_is_refused():
