@@ -24,13 +24,12 @@ import transformers
 
 import sctd_ds
 from benchmarks.equal_compute_arms import Arm, Costs, Regime, Study
-from benchmarks.harness import commit
 from sctd_ds import ScTDConfig, data
 from sctd_ds.adapters.special_tokens import special_ids
 from sctd_ds.config import ConfigError
 from sctd_ds.eval.grammar import Language
 from sctd_ds.method.flops import Shape
-from sctd_ds.run.report import environment
+from sctd_ds.run.environment import commit, device_name, versions
 from sctd_ds.run.validation import validate
 
 LEXICON = {"nouns": 240, "verbs": 160, "adjectives": 80, "names": 40}  # of the default language
@@ -218,7 +217,7 @@ def run(study: Study, text: Text, regime: Regime, arm: Arm, seed: int, trunk: Pa
         "training": _windows(losses),
         "seconds": trained,
         "commit": commit(),
-        "environment": environment(),
+        "environment": {"device": device_name("cpu"), **versions("torch", "triton", "transformers", "datasets", "sctd_ds")},
     }
 
 
