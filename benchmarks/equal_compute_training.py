@@ -115,8 +115,10 @@ class Trainer:
         self.model = sctd_ds.convert(transformers.BertForMaskedLM(sizes), method).train()
         self.clock = sctd_ds.StepClock(self.model)
         self.optimizer = torch.optim.AdamW(_groups(self.model), betas=(0.9, 0.98), eps=1e-6, fused=True)
-        rows, one_process = arm.rows(study.rows), {"accumulation": 1, "rank": 0, "world": 1}
-        self._batches = data.Loader(text.packed.train, masker, micro_batch=rows, seed=seed, start=position, **one_process)
+        rows = arm.rows(study.rows)
+        self._batches = data.Loader(
+            text.packed.train, masker, micro_batch=rows, accumulation=1, rank=0, world=1, seed=seed, start=position
+        )
         torch.manual_seed(seed + 1)  # of dropout: the same for every arm
 
     def step(self, rate: float) -> tuple[str, float]:
