@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     found = origin = None
     if not arguments.write_control:
         if not arguments.dry_run:
-            ranks.on_first(lambda: lock.hold(folder))
+            ranks.on_first(lambda: lock.hold(folder, create=False))
         found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not arguments.dry_run)
         origin = found or arguments.start_from
 
@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     # Engine
+    ranks.on_first(lambda: lock.hold(folder))
     if options.stages > 1:
         model = Pipeline(model, stages=options.stages, length=options.seq_length)
     optimizer = models.build_optimizer(run, model)  # None: DeepSpeed builds it

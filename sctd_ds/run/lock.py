@@ -13,13 +13,14 @@ from sctd_ds.config import ConfigError
 _held: dict[Path, TextIO] = {}
 
 
-def hold(folder: Path) -> None:
+def hold(folder: Path, create: bool = True) -> None:
     """Lock a run's folder for the life of this process, however it ends. Raises ConfigError where another process holds it.
 
-    The lock is one of the operating system on RUN/.lock, so a killed run leaves none behind.
+    The lock is one of the operating system on RUN/.lock, so a killed run leaves none behind. create: False leaves a folder
+    that does not exist alone, because a run that is refused leaves nothing behind.
     """
     path = folder.resolve() / ".lock"
-    if path in _held:
+    if path in _held or not (create or folder.exists()):
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
