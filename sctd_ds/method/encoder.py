@@ -26,7 +26,8 @@ class Encoder:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
         """An encoder of the copied model. Compiled code is shared, unless the layer looks things up in its own adapter."""
-        memo[id(self)] = copied = Encoder(copy.deepcopy(self.adapter, memo))
+        memo[id(self)] = copied = Encoder.__new__(Encoder)  # first, as the adapter leads back here through its model
+        copied.__init__(copy.deepcopy(self.adapter, memo))  # type: ignore[misc]
         if self._compile_options is not None:
             if hasattr(self.adapter.layer, "__self__"):
                 copied.compile(**self._compile_options)
