@@ -46,15 +46,10 @@ class Environment:
     def collect(cls, device_type: str | None = None) -> Environment:
         """This process's environment. device_type: see `device_name`."""
         device_type = device_type or _device_type()
-        try:
-            from triton import __version__ as triton
-        except ImportError:
-            triton = "none"
         return cls(
             device=device_name(device_type),
             commit=commit(),
-            torch=torch.__version__,
-            triton=triton,
+            **versions("torch", "triton"),
             cuda=torch.version.cuda or "none" if device_type == "cuda" else "none",
             python=platform.python_version(),
             date=time.strftime("%Y-%m-%d"),
