@@ -271,14 +271,13 @@ class ScTDPipelineEngine(StepLogic, PipelineEngine):
         micro-batches.
         """
         training, head = self.module.training, self.module.head
-        mode: Mode = "align" if self.sctd.plan.drops else "dense"
         self.module.eval()
         self._compute_loss = False
         if head is not None:
             head.visit = visit
         for _, same in itertools.groupby(map(self._batch, batches), key=lambda batch: batch.input_ids.shape):
             micro = list(same)
-            self._feed([Task(batch, mode, None) for batch in micro])
+            self._feed([Task(batch, self.sctd.both_passes, None) for batch in micro])
             self.set_dataiterator(_placeholders(micro))
             self._exec_schedule(self._inference_schedule(len(micro)))
         if head is not None:

@@ -44,6 +44,11 @@ class ScTD:
         """Whether tokens are dropped by a table of scores."""
         return self.plan.drops and self.importance.has_table
 
+    @property
+    def both_passes(self) -> Mode:
+        """The mode in which evaluation compares the passes: both of them, or the full one where no token is dropped."""
+        return "align" if self.plan.drops else "dense"
+
     def select(self, batch: Batch) -> Selection:
         """Choose the kept tokens of a micro-batch: once, never again in recomputation."""
         keep = kept_tokens(batch.input_ids.shape[1], self.config.drop_ratio)

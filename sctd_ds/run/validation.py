@@ -15,7 +15,6 @@ from sctd_ds.method import passes
 from sctd_ds.method.convert import state_of
 from sctd_ds.method.objective import token_losses
 from sctd_ds.method.passes import Streams
-from sctd_ds.method.schedule import Mode
 from sctd_ds.method.state import ScTD
 
 
@@ -45,12 +44,11 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
         if hasattr(engine_or_model, "evaluate"):  # a pipeline, whose stages work together
             engine_or_model.evaluate(batches, visit)
         else:
-            mode: Mode = "align" if state.plan.drops else "dense"
             training = model.training
             model.eval()
             for raw in batches:
                 batch = state.adapter.batch((), {key: value.to(device) for key, value in raw.items()})
-                visit(passes.run(state, batch, mode))
+                visit(passes.run(state, batch, state.both_passes))
             model.train(training)
     return _means(sums)
 
