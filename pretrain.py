@@ -117,20 +117,23 @@ def main(argv: list[str] | None = None) -> int:
     options = run.pretrain
     for note in run.notes:
         logger.info("%s", note)
+    source = arguments.data or options.data
+    if arguments.write_control:
+        packed = job.prepare_data(source, run)
+        ranks.on_first(lambda: control.write(run, job.shape_of(run, packed), source, arguments.write_control))
+        return 0
     if options.deterministic:
         job.be_deterministic()
 
     # Checkpoint to start from
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
-    found = origin = None
-    if not arguments.write_control:
-        if not arguments.dry_run:
-            ranks.on_first(lambda: lock.hold(folder, create=False))
-        found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not arguments.dry_run)
-        origin = found or arguments.start_from
+    if not arguments.dry_run:
+        ranks.on_first(lambda: lock.hold(folder, create=False))
+    found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not arguments.dry_run)
+    origin = found or arguments.start_from
 
     # Data
-    packed = job.prepare_data(arguments.data or options.data, run)
+    packed = job.prepare_data(source, run)
     settings = {**run.flat(), "data.fingerprint": packed.meta.fingerprint}
     if origin:
         allowed = tuple(arguments.allow_change)
@@ -142,10 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     logger.info("%s", job.describe(model, run, packed))
 
     # What a step costs
-    shape = job.shape_of(model, run, packed)
-    if arguments.write_control:
-        ranks.on_first(lambda: control.write(run, shape, arguments.data or options.data, arguments.write_control))
-        return 0
+    shape = job.shape_of(run, packed)
     repeats = 2 if arguments.dry_run else options.probe_steps
     measured = probe.measure(model, run, loader, repeats) if repeats else None
     loader.load_state_dict({"position": 0})

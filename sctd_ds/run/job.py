@@ -101,9 +101,9 @@ def make_batches(
     return loader, validation
 
 
-def shape_of(model: transformers.PreTrainedModel, run: RunConfig, packed: data.PackedData) -> Shape:
+def shape_of(run: RunConfig, packed: data.PackedData) -> Shape:
     """The sizes that decide a step's cost."""
-    sizes = model.config
+    sizes = models.sizes(run.pretrain, packed.tokenizer)
     return Shape(
         layers=sizes.num_hidden_layers,
         hidden=sizes.hidden_size,

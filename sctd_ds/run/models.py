@@ -37,15 +37,15 @@ never used."""
 
 def check(run: RunConfig) -> None:
     """ConfigError for a model that the run's method, its pipeline or this machine cannot train. Nothing is loaded or built."""
-    sizes, stages = model_config(run.pretrain), run.pretrain.stages
+    model, stages = model_config(run.pretrain), run.pretrain.stages
     if run.sctd.method != "dense":
-        LayerPlan(sizes.num_hidden_layers)
+        LayerPlan(model.num_hidden_layers)
     if stages > 1:
-        if sizes.model_type != "bert":
+        if model.model_type != "bert":
             raise ConfigError(
-                f'pretrain.stages={stages}: pretrain.model is of type "{sizes.model_type}", a pipeline runs "bert" only'
+                f'pretrain.stages={stages}: pretrain.model is of type "{model.model_type}", a pipeline runs "bert" only'
             )
-        check_stages(stages, sizes.num_hidden_layers)
+        check_stages(stages, model.num_hidden_layers)
     if run.pretrain.layer_norm == "apex":
         apex.require("normalization")
 
@@ -55,6 +55,15 @@ def model_config(pretrain: PretrainConfig) -> transformers.PreTrainedConfig:
     if pretrain.trained_model is None:
         return _new_config(pretrain)
     return _trained_config(pretrain.trained_model, pretrain.seq_length)
+
+
+def sizes(pretrain: PretrainConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedConfig:
+    """`model_config` with the vocabulary that the tokenizer gives a new model."""
+    config = model_config(pretrain)
+    if pretrain.trained_model is None:
+        config.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        config.pad_token_id = tokenizer.pad_token_id
+    return config
 
 
 def _new_config(pretrain: PretrainConfig) -> transformers.BertConfig:
@@ -119,8 +128,9 @@ def build_model(run: RunConfig, packed: data.PackedData) -> transformers.PreTrai
     # Weights
     trained = run.pretrain.trained_model
     transformers.set_seed(run.pretrain.seed)
+    model: transformers.PreTrainedModel
     if trained is None:
-        model = _new_model(run.pretrain, packed.tokenizer)
+        model = transformers.AutoModelForMaskedLM.from_config(sizes(run.pretrain, packed.tokenizer))
     else:
         model = _load_trained(trained)
         _check_tokenizer(model.config, packed.tokenizer, trained)
@@ -148,13 +158,6 @@ def build_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer |
 def labels_per_row(run: RunConfig, packed: data.PackedData) -> int:
     """Labelled tokens of a full row: a fixed number, so that shapes are static."""
     return data.Masker(packed.tokenizer, 0, run.pretrain.mlm_probability).labels_per_row(run.pretrain.seq_length)
-
-
-def _new_model(pretrain: PretrainConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedModel:
-    config = _new_config(pretrain)
-    config.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    config.pad_token_id = tokenizer.pad_token_id
-    return transformers.BertForMaskedLM(config)
 
 
 def _load_trained(name: str) -> transformers.PreTrainedModel:
