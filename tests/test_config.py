@@ -134,7 +134,7 @@ def test_one_wrong_letter_anywhere_is_an_error_that_names_the_key():
         ("pretrain.model.vocab_size=5", "comes from the tokenizer"),
         ("pretrain.model.max_position_embeddings=16", "smaller than"),
         ("gradient_accumulation_steps=3", "divides 8"),
-        ("train_micro_batch_size_per_gpu=0", "at least 1"),
+        ("train_micro_batch_size_per_gpu=0", "greater than or equal to 1"),
         ("gradient_clipping=auto", "nothing here resolves"),
         ("optimizer.type=AdmaW", 'did you mean "AdamW"'),
         ("scheduler.type=WarmupDecay", 'did you mean "WarmupDecayLR"'),
