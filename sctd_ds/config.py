@@ -266,6 +266,8 @@ def _explain(error: ValidationError, block: Mapping[str, Any], where: str, known
             lines[key] = f'unknown key "{name}" in {where}; {did_you_mean(name, known)}'
         elif item["type"] == "missing" and key.endswith(f".{item['loc'][-1]}"):
             lines[key] = f"{key} is missing"
+        elif item["type"] == "model_type":
+            lines[key] = f"{key}={short(item['input'])}: expected a JSON object"
         elif key in lines:  # another branch of a union of types
             lines[key] += f", or {expected}"
         else:

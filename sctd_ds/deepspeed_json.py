@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from sctd_ds.config import (
@@ -360,6 +361,11 @@ def _scheduler(raw: Block) -> Iterator[Finding]:
     name = str(raw["scheduler"].get("type"))
     if name not in SCHEDULES:
         yield Finding("refused", "scheduler.type", f'scheduler.type="{name}" is unknown', did_you_mean(name, SCHEDULES))
+        return
+    wrapped = zero_stage(raw) or any(_block(raw, key).get("enabled") is True for key in ("fp16", "bf16"))
+    if name not in VALID_LR_SCHEDULES and wrapped:
+        why = f'scheduler.type="{name}": torch\'s schedules refuse the optimizers of ZeRO, fp16 and bf16'
+        yield Finding("refused", "scheduler.type", why, f"use one of {', '.join(VALID_LR_SCHEDULES)}")
         return
     model = schedule_parameters(name)
     yield from _unknown_keys(raw, "scheduler.params", _names(model))

@@ -75,6 +75,7 @@ def _word(*words: str) -> Any:
 # Blocks
 
 Count = Annotated[int, Field(ge=1)]
+Rows = Annotated[int, Field(ge=1, strict=True)]  # nothing turns 8.0 into 8 later
 Precision = Literal["fp16", "bf16", "fp32"] | None
 _PROFILER = deepspeed_config.DeepSpeedFlopsProfilerConfig({})
 _ACTIVATIONS = deepspeed_config.DeepSpeedActivationCheckpointingConfig({})
@@ -157,9 +158,9 @@ _SWITCHES = """
 VALUES = model_of(
     {
         **dict.fromkeys(_SWITCHES, bool),
-        "train_batch_size": Count | None,
-        "train_micro_batch_size_per_gpu": Count | None,
-        "gradient_accumulation_steps": Count | None,
+        "train_batch_size": Rows | None,
+        "train_micro_batch_size_per_gpu": Rows | None,
+        "gradient_accumulation_steps": Rows | None,
         "steps_per_print": Count | None,
         "gradient_clipping": Annotated[float, Field(ge=0)],
         "gradient_predivide_factor": Annotated[float, Field(gt=0)],

@@ -97,6 +97,7 @@ def _new_config(pretrain: PretrainConfig) -> transformers.BertConfig:
         raise ConfigError("pretrain.model.vocab_size: the vocabulary comes from the tokenizer; remove the key")
     for problem in problems(sizes, "pretrain.model", SIZES):
         raise ConfigError(problem)
+    sizes = SIZES(**sizes).model_dump(exclude_unset=True)
     length = pretrain.seq_length
     positions = sizes.setdefault("max_position_embeddings", max(512, length))
     if positions < length:
@@ -144,16 +145,17 @@ def _trained_config(name: str, length: int) -> transformers.PreTrainedConfig:
 
 def _read_config(name: str) -> transformers.PreTrainedConfig:
     """The config.json of a folder or Hub model. Raises ConfigError, with a guess at what was meant."""
-    path = Path(name)
+    path, there = Path(name), False
     try:
-        return transformers.AutoConfig.from_pretrained(name, local_files_only=path.exists())
+        there = path.exists()
+        return transformers.AutoConfig.from_pretrained(name, local_files_only=there)
     except (OSError, ValueError) as error:  # what transformers raises for missing, broken and unknown models
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
     looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_like_a_path and not path.exists():
+    if looks_like_a_path and not there:
         reason = "no such folder"
     meant = difflib.get_close_matches(name, BERT_SIZES, n=1, cutoff=0.85)
-    if (path / "model" / "config.json").is_file():  # a run's folder
+    if there and (path / "model" / "config.json").is_file():  # a run's folder
         meant = [str(path / "model")]
     hint = f'; did you mean "{meant[0]}"?' if meant else ""
     raise ConfigError(f'pretrain.model="{name}" is neither a preset nor a trained model that can be loaded ({reason}){hint}')
