@@ -15,8 +15,9 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from sctd_ds.config import ConfigError, ScTDConfig, read_json, sctd_block
 from sctd_ds.deepspeed_json import check, check_layout
 from sctd_ds.engine.data_parallel import ScTDEngine
+from sctd_ds.engine.operations import compiling
 from sctd_ds.engine.pipeline import ScTDPipelineEngine
-from sctd_ds.engine.ranks import release_shared_memory
+from sctd_ds.engine.ranks import release_shared_memory, remove_leaked_memory
 from sctd_ds.method.convert import convert, is_converted, state_of
 
 ENGINES: dict[type, type] = {DeepSpeedEngine: ScTDEngine, PipelineEngine: ScTDPipelineEngine}
@@ -61,7 +62,9 @@ def initialize(
             'no ScTD settings: add an "sctd" block to the DeepSpeed configuration (an empty one means the defaults), '
             "or pass sctd_config="
         )
-    values = deepspeed.initialize(args, model, *rest, config=config, config_params=config_params, **kwargs)
+    remove_leaked_memory()
+    with compiling():
+        values = deepspeed.initialize(args, model, *rest, config=config, config_params=config_params, **kwargs)
     attach(values[0])
     return values
 
