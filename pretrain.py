@@ -35,7 +35,7 @@ from sctd_ds.run.validation import validate
 logger = logging.getLogger("pretrain")
 
 EPILOG = """\
-A run that was stopped (Ctrl-C, SIGTERM, a lost machine) continues exactly when you start the same command again.
+A run that was stopped (Ctrl-C, SIGTERM, SIGHUP, a lost machine) continues exactly when you start the same command again.
 Exit status: 0 finished, 2 bad input, 3 training failed, 143 stopped by a signal after a checkpoint."""
 
 
