@@ -21,6 +21,12 @@ STEPS = 5000
 """More than a run takes before it is stopped."""
 
 
+def hear_all_signals() -> None:
+    """As a process that a user starts: the tests may run under nohup or in the background, where some are ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def training(small_data: Path, folder: Path) -> Iterator[dict[str, psutil.Process]]:
     """The processes of a run of two ranks that has trained some steps: "deepspeed", "launch.py", "rank 0", "rank 1"."""
@@ -31,7 +37,13 @@ def training(small_data: Path, folder: Path) -> Iterator[dict[str, psutil.Proces
     processes: dict[str, psutil.Process] = {}
     with (folder / "log").open("w") as log:
         runner = psutil.Popen(
-            command, cwd=ROOT, env=launch_environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=launch_environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=hear_all_signals,
         )
         try:
             while len(metrics.read(folder / "run" / "metrics.jsonl")) < 5:

@@ -89,19 +89,19 @@ def _mapped_files() -> str:
 def on_first(work: Callable[[], T]) -> T:
     """The result of `work`, done on rank 0 alone while the others wait, or its failure on every rank. All ranks call this.
 
-    The result is what JSON can hold: reading a pickle would run whatever its sender likes.
+    The result is what JSON can hold, as JSON returns it: reading a pickle would run whatever its sender likes.
     """
     # Through the store that the ranks found each other by: unlike a collective, it allows a wait of any length.
     store, key = _get_default_store(), f"sctd_ds/on_first/{next(_calls)}"
     if dist.get_rank() == 0:
-        result, error = _attempt(work)
-        store.set(key, json.dumps([result, _failure(error)]))
-        _raise_first(error, [_failure(error)])
-        return result  # type: ignore[return-value]
-    store.wait([key], PATIENCE)
-    result, failure = json.loads(store.get(key))
-    _raise_first(None, [failure])
-    return result
+        text, error = _attempt(lambda: json.dumps(work()))
+        store.set(key, json.dumps([text, _failure(error)]))
+    else:
+        store.wait([key], PATIENCE)
+        error = None
+    text, failure = json.loads(store.get(key))
+    _raise_first(error, [failure])
+    return json.loads(text)
 
 
 def on_all(work: Callable[[], T]) -> T:
