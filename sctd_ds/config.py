@@ -251,7 +251,7 @@ def problems(block: Mapping[str, Any], where: str, model: type[BaseModel]) -> li
         return _explain(error, block, where, model.model_fields)
     except ConfigError as error:
         return [str(error)]
-    except (AssertionError, ValueError) as error:  # of DeepSpeed's models, about pairs of keys
+    except (AssertionError, TypeError, ValueError) as error:  # of DeepSpeed's models, about forms and pairs of keys
         return [f"{where}: {one_line(error)}"]
 
 

@@ -15,8 +15,9 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from sctd_ds.config import ConfigError, ScTDConfig, one_line, read_json, sctd_block
 from sctd_ds.deepspeed_json import check, check_layout
 from sctd_ds.engine.data_parallel import ScTDEngine
+from sctd_ds.engine.operations import compiling
 from sctd_ds.engine.pipeline import ScTDPipelineEngine
-from sctd_ds.engine.ranks import release_shared_memory
+from sctd_ds.engine.ranks import release_shared_memory, remove_leaked_memory
 from sctd_ds.method.convert import convert, is_converted, state_of
 
 ENGINES: dict[type, type] = {DeepSpeedEngine: ScTDEngine, PipelineEngine: ScTDPipelineEngine}
@@ -62,8 +63,10 @@ def initialize(
             'no ScTD settings: add an "sctd" block to the DeepSpeed configuration (an empty one means the defaults), '
             "or pass sctd_config="
         )
+    remove_leaked_memory()
     try:
-        values = deepspeed.initialize(args, model, *rest, config=config, config_params=config_params, **kwargs)
+        with compiling():
+            values = deepspeed.initialize(args, model, *rest, config=config, config_params=config_params, **kwargs)
     except Exception as error:  # assertions, import errors, ...: for settings that it cannot combine DeepSpeed has no type
         raise ConfigError(f"DeepSpeed cannot build an engine with this configuration ({one_line(error)})") from error
     attach(values[0])
