@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +27,7 @@ from sctd_ds.engine import checkpoint, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.ranks import init_distributed
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
-from sctd_ds.run import control, job, lock, models, probe, report
+from sctd_ds.run import control, job, lock, models, probe, report, stop
 from sctd_ds.run.metrics import Metrics
 from sctd_ds.run.settings import RunConfig
 from sctd_ds.run.validation import validate
@@ -37,7 +35,7 @@ from sctd_ds.run.validation import validate
 logger = logging.getLogger("pretrain")
 
 EPILOG = """\
-A run that was stopped (Ctrl-C, SIGTERM, a lost machine) continues exactly when you start the same command again.
+A run that was stopped (Ctrl-C, SIGTERM, SIGHUP, a lost machine) continues exactly when you start the same command again.
 Exit status: 0 finished, 2 bad input, 3 training failed, 143 stopped by a signal after a checkpoint."""
 
 
@@ -102,6 +100,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    launcher = stop.Launcher()  # now, because it may end before training starts
     arguments = parse_arguments(argv)
 
     # Ranks and log
@@ -128,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     # Checkpoint to start from
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
     if not arguments.dry_run:
-        ranks.on_first(lambda: lock.hold(folder, create=False))
+        lock.share(folder, create=False)
     found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not arguments.dry_run)
     origin = found or arguments.start_from
 
@@ -154,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     # Engine
-    ranks.on_first(lambda: lock.hold(folder))
+    lock.share(folder)
     if options.stages > 1:
         model = Pipeline(model, stages=options.stages, length=options.seq_length)
     optimizer = models.build_optimizer(run, model)  # None: DeepSpeed builds it
@@ -178,11 +177,15 @@ def main(argv: list[str] | None = None) -> int:
 
         def save() -> None:
             metrics.flush()  # what is recorded of the checkpoint's steps must be on the disk before it
-            checkpoint.save(engine, folder / "checkpoints", settings, loader.position, options.keep_last)
+            start = time.perf_counter()
+            saved = checkpoint.save(engine, folder / "checkpoints", settings, loader.position, options.keep_last)
+            metrics.saved(saved, time.perf_counter() - start)
 
-        finished = train(engine, loader, run, metrics, evaluate=lambda: validate(engine, validation_batches()), save=save)
+        finished = train(
+            engine, loader, run, metrics, launcher, evaluate=lambda: validate(engine, validation_batches()), save=save
+        )
     if not finished:
-        logger.info("stopped by a signal after step %d; the same command continues", engine.applied_steps)
+        logger.info("stopped after step %d, as asked; the same command continues", engine.applied_steps)
         return 143
 
     # Report and export
@@ -195,13 +198,13 @@ def train(
     loader: data.Loader,
     run: RunConfig,
     metrics: Metrics,
+    launcher: stop.Launcher,
     evaluate: Callable[[], dict[str, float]],
     save: Callable[[], None],
 ) -> bool:
     """From the engine's step to the last; False if a signal stopped it early. The last step is saved in both cases."""
     options, kept_share = run.pretrain, report.kept_share(run)
-    launcher = os.getppid()
-    listen(engine)
+    stop.listen(engine)
     engine.train()
     if options.trained_model and engine.applied_steps == 0:
         metrics.validation(0, evaluate(), loader.position)
@@ -209,7 +212,7 @@ def train(
     while engine.applied_steps < options.steps:
         # Mode
         mode, rate = engine.step_mode, engine.get_lr()[0]
-        engine.stop_requested |= os.getppid() != launcher  # a launcher that is killed tells its children nothing
+        engine.stop_requested |= launcher.is_lost()
 
         # Forward, backward and update
         start = time.perf_counter()
@@ -255,18 +258,6 @@ def train(
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens now; 0: never."""
     return every > 0 and step % every == 0
-
-
-def listen(engine: Any) -> None:
-    """Let SIGTERM and Ctrl-C ask for a checkpoint and a stop after the step; a second Ctrl-C stops at once."""
-
-    def request(number: int, frame: Any) -> None:
-        engine.stop_requested = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGTERM, request)
-    signal.signal(signal.SIGINT, request)
 
 
 def as_float(value: Any) -> float | None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -46,7 +48,9 @@ class _Block(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("\n".join(explain(error, self.block, type(self).model_fields).values())) from None
+            raise ConfigError("; ".join(_explain(error, values, self.block, type(self).model_fields))) from None
+        for problem in _misread(values, self, self.block):
+            raise ConfigError(problem)
 
 
 class ScTDConfig(_Block):
@@ -123,7 +127,7 @@ class PretrainConfig(_Block):
     """Tokens per row, [CLS] and [SEP] included."""
     steps: int = Field(250_000, ge=1)
     """Optimizer steps of the whole run; skipped (overflowed) steps are not counted."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seeds initialisation, dropout, data order and masks."""
     mlm_probability: float = Field(0.15, gt=0.0, lt=1.0)
     """Share of the tokens that are predicted; of these 80 % become [MASK], 10 % a random token, 10 % stay."""
@@ -239,21 +243,81 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Iter
 # Errors in the words of the file
 
 
-def explain(error: ValidationError, block: str, known: Iterable[str]) -> dict[str, str]:
-    """pydantic's errors about a block, by dotted key: one line each."""
+def problems(block: Mapping[str, Any], where: str, model: type[BaseModel]) -> list[str]:
+    """What a pydantic model refuses of the block at `where`: one line each, which starts with the key."""
+    try:
+        return list(_misread(block, model(**block), where))
+    except ValidationError as error:
+        return _explain(error, block, where, model.model_fields)
+    except ConfigError as error:
+        return [str(error)]
+    except (AssertionError, TypeError, ValueError) as error:  # of DeepSpeed's models, about forms and pairs of keys
+        return [f"{where}: {one_line(error)}"]
+
+
+def _explain(error: ValidationError, block: Mapping[str, Any], where: str, known: Iterable[str]) -> list[str]:
+    """pydantic's errors about the block at `where`, one line for each key."""
     lines: dict[str, str] = {}
     for item in error.errors():
-        # For a union of types pydantic reports every branch, named at the end of the path; the key is enough.
-        name = str(item["loc"][0]) if item["loc"] else ""
-        key = f"{block}.{name}" if name else block
-        expected = item["msg"][:1].lower() + item["msg"][1:]
+        key = _key(item["loc"], block, where)
+        expected = item["msg"][:1].lower() + item["msg"][1:].replace("\n", " ")
         if item["type"] == "extra_forbidden":
-            lines[key] = f'unknown key "{name}" in {block}; {did_you_mean(name, known)}'
-        elif key in lines:
+            name = str(item["loc"][-1])
+            lines[key] = f'unknown key "{name}" in {where}; {did_you_mean(name, known)}'
+        elif item["type"] == "missing" and key.endswith(f".{item['loc'][-1]}"):
+            lines[key] = f"{key} is missing"
+        elif item["type"] == "model_type":
+            lines[key] = f"{key}={short(item['input'])}: expected a JSON object"
+        elif key in lines:  # another branch of a union of types
             lines[key] += f", or {expected}"
         else:
-            lines[key] = f"{key}={item['input']!r}: {expected}" if name else f"{block}: {expected}"
-    return lines
+            lines[key] = f"{key}={short(item['input'])}: {expected}"
+    return list(lines.values())
+
+
+def _key(location: tuple[int | str, ...], block: Any, where: str) -> str:
+    """The dotted key of a place that pydantic names; an item of a list and a branch of a union, which follow, are left out."""
+    path = [where] if where else []
+    for depth, part in enumerate(location):
+        if not isinstance(block, Mapping) or (part not in block and depth):
+            break
+        path.append(str(part))
+        block = block.get(part)
+    return ".".join(path)
+
+
+def _misread(given: Any, read: Any, key: str) -> Iterator[str]:
+    """Where pydantic took true, 3 and "3" for each other, which differ in JSON.
+
+    given: a value as written. read: what pydantic made of it.
+    """
+    if isinstance(given, Mapping) and isinstance(read, BaseModel | Mapping):
+        fields = read if isinstance(read, Mapping) else dict(read)
+        for name, value in given.items():
+            yield from _misread(value, fields.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(given, list | tuple) and isinstance(read, list | tuple):
+        for value, item in zip(given, read, strict=False):
+            yield from _misread(value, item, key)
+    elif isinstance(read, Number) and _kind(given) != _kind(read):
+        yield f"{key}={short(given)}: expected {_kind(read)}"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    return "a number" if isinstance(value, Number) else "another value"
+
+
+def short(value: Any) -> str:
+    """A value in a message: one line of bearable length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def one_line(error: Exception) -> str:
+    """Somebody else's error in a message of ours."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -265,23 +329,55 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 # Reading the file
 
+MAX_DEPTH = 20
+"""Blocks and lists inside of one another; DeepSpeed's own need six."""
+
 
 def read_json(source: str | Path | Mapping[str, Any]) -> tuple[Block, str]:
     """The configuration as a dict of its own, and a short name for it. Raises ConfigError for what is not a JSON object."""
     if isinstance(source, Mapping):
-        return json.loads(json.dumps(source)), "run"
+        try:
+            return parse_json(json.dumps(source)), "run"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"the configuration cannot be written as JSON ({error})") from None
     path = Path(source)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content, path.stem
+
+
+def parse_json(text: str, key: str = "") -> Any:
+    """The value of a JSON text. Numbers must be finite and whole ones fit in 64 bits; a key stands once in its block.
+
+    key: the dotted key that the value belongs to. Raises ConfigError for these, JSONDecodeError for what is not JSON, and for
+    what is nested too deep to be read, RecursionError.
+    """
+    value = json.loads(text, object_pairs_hook=_no_duplicates)
+    _check_numbers(value, key, depth=0)
+    return value
+
+
+def _check_numbers(value: Any, key: str, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{key[:80]} is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_numbers(inner, f"{key}.{name}" if key else name, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_numbers(inner, key, depth + 1)
+    elif (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 2**63):
+        raise ConfigError(f"{key}={short(value)}: expected a finite number, a whole one of at most 64 bits")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> Block:

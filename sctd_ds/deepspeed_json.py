@@ -10,22 +10,39 @@ from __future__ import annotations
 
 import copy
 import difflib
-import inspect
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
-from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime import config as deepspeed_config
-from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import BaseModel, ValidationError
+from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-from sctd_ds.config import REMOVED_KEYS, Block, ConfigError, PretrainConfig, ScTDConfig, did_you_mean, explain, leaves
+from sctd_ds.config import (
+    REMOVED_KEYS,
+    Block,
+    ConfigError,
+    PretrainConfig,
+    ScTDConfig,
+    did_you_mean,
+    leaves,
+    problems,
+    short,
+)
+from sctd_ds.deepspeed_schema import (
+    BLOCKS,
+    DEEPSPEED_KEYS,
+    SCHEDULES,
+    TORCH_OPTIMIZERS,
+    VALUES,
+    Model,
+    inner,
+    optimizer_class,
+    optimizer_parameters,
+    schedule_parameters,
+)
 
 Repair = Callable[[Block], object]
 """Puts a configuration right, in place."""
@@ -73,9 +90,11 @@ def diagnose(raw: Block, pipeline: bool | None = None) -> list[Finding]:
         *_removed(raw),
         *_unknown_keys(raw, "", DEEPSPEED_KEYS | {"sctd", "pretrain"}),
         *_no_objects(raw),
+        *_values(raw, "", VALUES),
         *_blocks(raw),
         *_optimizer(raw),
         *_scheduler(raw),
+        *_monitors(raw),
         *_two_precisions(raw),
         *_older_forms(raw),
         *_layout(zero_stage(raw), raw.get("sequence_parallel_size", 1), pipeline),
@@ -124,49 +143,10 @@ def zero_stage(config: Block) -> int:
 
 # What DeepSpeed knows
 
-# Top-level keys that DeepSpeed 0.19 reads. It has no list of its own; a test compares this one with its sources.
-DEEPSPEED_KEYS = frozenset(
-    """
-    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint checkpoint_writer comet comms_logger
-    communication_data_type compile csv_monitor data_efficiency data_parallel_size data_types dataloader_drop_last
-    datastates_ckpt disable_allgather disable_python_gc dump_state expert_parallel flops_profiler fp16
-    gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level
-    managed_gradient_accumulation memory_breakdown optimizer pipeline prescale_gradients scheduler
-    seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel tensorboard timers
-    torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism use_node_local_storage
-    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    zero_optimization zenflow vocabulary_size
-    """.split()
-)
-_MODELS: dict[str, type[BaseModel]] = {
-    "sctd": ScTDConfig,
-    "pretrain": PretrainConfig,
-    "zero_optimization": DeepSpeedZeroConfig,
-    "fp16": DeepSpeedFP16Config,
-    "bf16": DeepSpeedBF16Config,
-    "tensorboard": TensorBoardConfig,
-    "wandb": WandbConfig,
-    "csv_monitor": CSVConfig,
-}
-"""Blocks that a pydantic model describes; for the others DeepSpeed has none."""
 _REMOVED_FROM_DEEPSPEED = [
     *getattr(deepspeed_config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", ()),
     *(f"zero_optimization.{key}" for key in getattr(deepspeed_config, "_REMOVED_ZERO_CONFIG_KEYS", ())),
 ]
-_TORCH_OPTIMIZERS = [name for name, value in vars(torch.optim).items() if inspect.isclass(value) and name != "Optimizer"]
-_SCHEDULES = [*lr_schedules.VALID_LR_SCHEDULES, *torch.optim.lr_scheduler.__all__]
-"""DeepSpeed's own, and where it looks next."""
-
-
-def _parameters(function: Callable[..., object]) -> set[str]:
-    return set(inspect.signature(function).parameters)
-
-
-# DeepSpeed chooses among these classes by the first two keys; about the third there is a finding of its own.
-_ADAM_PARAMETERS = {"torch_adam", "adam_w_mode", "max_grad_norm"} | (
-    _parameters(FusedAdam) | _parameters(DeepSpeedCPUAdam) | _parameters(torch.optim.AdamW)
-) - {"params", "model_params"}
-
 
 # Repairs
 
@@ -266,26 +246,51 @@ def _unknown_keys(raw: Block, where: str, known: Iterable[str]) -> Iterator[Find
 
 def _no_objects(raw: Block) -> Iterator[Finding]:
     """Blocks that hold a bare value."""
-    for name in (*_MODELS, "optimizer", "scheduler", "pipeline", "data_efficiency"):
-        value = raw.get(name, {})
+    for path in (*BLOCKS, "optimizer", "scheduler", "optimizer.params", "scheduler.params"):
+        *outer, name = path.split(".")
+        value = _block(raw, *outer).get(name, {})
         older_form = name == "zero_optimization" and isinstance(value, bool)
         if not isinstance(value, dict) and not older_form:
-            yield Finding("refused", name, f'"{name}" must be a JSON object, found {value!r}', "write {...}")
+            yield Finding("refused", path, f'"{path}" must be a JSON object, found {short(value)}', "write {...}")
 
 
 def _blocks(raw: Block) -> Iterator[Finding]:
-    """Keys and values of the blocks that a pydantic model describes."""
-    for name, model in _MODELS.items():
-        known = {alias for key, field in model.model_fields.items() for alias in (key, field.alias) if alias}
-        yield from _unknown_keys(raw, name, known)
-        try:
-            model(**{key: value for key, value in _block(raw, name).items() if key in known})
-        except ValidationError as error:  # from DeepSpeed's models
-            for key, why in explain(error, name, known).items():
-                yield Finding("refused", key, why, "correct the value")
-        except (ConfigError, AssertionError) as error:  # from ours; and from DeepSpeed's about pairs of keys
-            for why in str(error).splitlines():
-                yield Finding("refused", name, why, "correct the value")
+    """Keys and values of the blocks."""
+    for name, model in BLOCKS.items():
+        if isinstance(raw.get(name), dict):
+            yield from _unknown_inside(raw, name, model)
+            yield from _values(raw[name], name, model)
+
+
+def _unknown_inside(raw: Block, where: str, model: Model) -> Iterator[Finding]:
+    """Unknown keys of a block, and of the blocks inside of it."""
+    yield from _unknown_keys(raw, where, _names(model))
+    for key, value in _block(raw, *where.split(".")).items():
+        deeper = inner(model, key)
+        if deeper is not None and isinstance(value, dict):
+            yield from _unknown_inside(raw, f"{where}.{key}", deeper)
+
+
+def _names(model: Model) -> set[str]:
+    return {alias for key, field in model.model_fields.items() for alias in (key, field.alias) if alias}
+
+
+def _known(block: Block, model: Model) -> Block:
+    """A block without its unknown keys and "auto" values, of which other findings tell."""
+    kept = {key: value for key, value in block.items() if key in _names(model)}
+    if model not in (ScTDConfig, PretrainConfig):
+        kept = {key: value for key, value in kept.items() if value != "auto"}
+    blocks = {key: inner(model, key) for key, value in kept.items() if isinstance(value, dict)}
+    return {**kept, **{key: _known(kept[key], deeper) for key, deeper in blocks.items() if deeper is not None}}
+
+
+def _values(block: Block, where: str, model: Model) -> Iterator[Finding]:
+    """Values of a block that its model refuses."""
+    known = _known(block, model)
+    for problem in problems(known, where, model):
+        key = problem.split("=")[0].split(" ")[0].rstrip(":")
+        if key.rpartition(".")[2] not in block.keys() - known:  # what is there as "auto" is not missing
+            yield Finding("refused", key, problem, "correct the value")
 
 
 # Facts: optimizer and learning rate
@@ -308,14 +313,30 @@ def _optimizer(raw: Block) -> Iterator[Finding]:
     if name.lower() in _ONE_BIT:
         why, plain = f'{path}="{name}" has been removed from DeepSpeed', _ONE_BIT[name.lower()]
         yield Finding("refused", path, why, f'use "{plain}", without compression', _decompress)
-    elif name.lower() not in deepspeed_config.DEEPSPEED_OPTIMIZERS and name not in _TORCH_OPTIMIZERS:
-        known = [*deepspeed_config.DEEPSPEED_OPTIMIZERS, *_TORCH_OPTIMIZERS]
+    elif name.lower() not in deepspeed_config.DEEPSPEED_OPTIMIZERS and name not in TORCH_OPTIMIZERS:
+        known = [*deepspeed_config.DEEPSPEED_OPTIMIZERS, *TORCH_OPTIMIZERS]
         yield Finding("refused", path, f'{path}="{name}" is unknown', did_you_mean(name, known))
-    elif name.lower() in ("adam", "adamw"):
-        yield from _unknown_keys(raw, "optimizer.params", _ADAM_PARAMETERS)
+    elif name.lower() in ("muadam", "muadamw", "musgd") and importlib.util.find_spec("mup") is None:
+        yield Finding("refused", path, f'{path}="{name}" needs the package mup, which is not installed', "pip install mup")
+    else:
+        yield from _optimizer_parameters(raw, name)
     path = "optimizer.params.max_grad_norm"
     if _has(raw, path):
         yield Finding("refused", path, f"DeepSpeed refuses {path}", "use gradient_clipping at the top level", _move_clipping)
+
+
+def _optimizer_parameters(raw: Block, name: str) -> Iterator[Finding]:
+    params = _block(raw, "optimizer", "params")
+    offloads = _block(raw, "zero_optimization", "offload_optimizer").get("device", "none") != "none"
+    model = optimizer_parameters(name, params, offloads)
+    if model is not None:
+        yield from _unknown_keys(raw, "optimizer.params", {*_names(model), "max_grad_norm"})
+        yield from _values(params, "optimizer.params", model)
+    path = "zero_allow_untested_optimizer"
+    built = optimizer_class(name, params, offloads)
+    if built is not None and built not in ZERO_SUPPORTED_OPTIMIZERS and zero_stage(raw) and not raw.get(path):
+        why = f'optimizer.type="{name}": ZeRO has not been tested with it'
+        yield Finding("refused", path, why, f'use "AdamW", or zero_optimization.stage 0, or set {path} to true')
 
 
 def _decompress(config: Block) -> None:
@@ -338,14 +359,36 @@ def _scheduler(raw: Block) -> Iterator[Finding]:
         return
     yield from _unknown_keys(raw, "scheduler", ("type", "params"))
     name = str(raw["scheduler"].get("type"))
-    if name not in _SCHEDULES:
-        yield Finding("refused", "scheduler.type", f'scheduler.type="{name}" is unknown', did_you_mean(name, _SCHEDULES))
+    if name not in SCHEDULES:
+        yield Finding("refused", "scheduler.type", f'scheduler.type="{name}" is unknown', did_you_mean(name, SCHEDULES))
         return
-    schedule = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name)
-    yield from _unknown_keys(raw, "scheduler.params", _parameters(schedule) - {"optimizer"})
+    wrapped = zero_stage(raw) or any(_block(raw, key).get("enabled") is True for key in ("fp16", "bf16"))
+    if name not in VALID_LR_SCHEDULES and wrapped:
+        why = f'scheduler.type="{name}": torch\'s schedules refuse the optimizers of ZeRO, fp16 and bf16'
+        yield Finding("refused", "scheduler.type", why, f"use one of {', '.join(VALID_LR_SCHEDULES)}")
+        return
+    model = schedule_parameters(name)
+    yield from _unknown_keys(raw, "scheduler.params", _names(model))
+    yield from _values(_block(raw, "scheduler", "params"), "scheduler.params", model)
 
 
 # Facts: precision, parallelism, token dropping
+
+
+_MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+
+
+def _monitors(raw: Block) -> Iterator[Finding]:
+    """Monitors whose package is missing on this machine."""
+    for block, package in _MONITORS.items():
+        if _block(raw, block).get("enabled") is True and importlib.util.find_spec(package) is None:
+            path = f"{block}.enabled"
+            yield Finding(
+                "refused",
+                path,
+                f"{path}=true needs the package {package}, which is not installed",
+                f"pip install {package}, or remove {path}",
+            )
 
 
 def _two_precisions(raw: Block) -> Iterator[Finding]:

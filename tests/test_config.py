@@ -10,7 +10,7 @@ import pytest
 from transformers import BertConfig
 
 import pretrain
-from helpers import ROOT
+from helpers import ROOT, mutations
 from helpers.runs import settings, write_settings
 from sctd_ds import ConfigError, ScTDConfig, config, deepspeed_json
 from sctd_ds.engine import checkpoint, ranks
@@ -134,7 +134,7 @@ def test_one_wrong_letter_anywhere_is_an_error_that_names_the_key():
         ("pretrain.model.vocab_size=5", "comes from the tokenizer"),
         ("pretrain.model.max_position_embeddings=16", "smaller than"),
         ("gradient_accumulation_steps=3", "divides 8"),
-        ("train_micro_batch_size_per_gpu=0", "at least 1"),
+        ("train_micro_batch_size_per_gpu=0", "greater than or equal to 1"),
         ("gradient_clipping=auto", "nothing here resolves"),
         ("optimizer.type=AdmaW", 'did you mean "AdamW"'),
         ("scheduler.type=WarmupDecay", 'did you mean "WarmupDecayLR"'),
@@ -148,11 +148,95 @@ def test_one_wrong_letter_anywhere_is_an_error_that_names_the_key():
         ('fp16={"enabled": "maybe"}', "fp16.enabled"),
         ("sctd=5", "must be a JSON object"),
         ("sctd.interval", "expected dotted.key=value"),
+        # DeepSpeed's smaller blocks
+        ("activation_checkpointing.partition_activation=true", 'did you mean "partition_activations"'),
+        ("data_types.grad_accum_dtyp=fp32", 'did you mean "grad_accum_dtype"'),
+        ("flops_profiler.enbled=true", 'did you mean "enabled"'),
+        ("comms_logger.verbos=true", 'did you mean "verbose"'),
+        ("aio.block_sizes=1", 'did you mean "block_size"'),
+        ("checkpoint.tag_validtion=Warn", 'did you mean "tag_validation"'),
+        ("checkpoint.writer.tipe=fast", '"tipe" in checkpoint.writer; did you mean "type"'),
+        ("torch_autocast.dtypes=fp16", 'did you mean "dtype"'),
+        ("compile.deepcompil=true", 'did you mean "deepcompile"'),
+        ("data_efficiency.data_sampling.num_epoch=3", 'did you mean "num_epochs"'),
+        ("zero_optimization.offload_optimizer.devise=cpu", 'in zero_optimization.offload_optimizer; did you mean "device"'),
+        ("zero_optimization.offload_optimizer.device=gpu", "zero_optimization.offload_optimizer.device='gpu'"),
+        ("flops_profiler.profile_step=0", "greater than or equal to 1"),
+        ("comms_logger.enabled=3", "comms_logger.enabled=3"),
+        ("aio.overlap_events=1", "aio.overlap_events=1: expected true or false"),
+        ("data_types.grad_accum_dtype=fp31", "'fp16', 'bf16' or 'fp32'"),
+        ("timers.throughput=5", "timers.throughput=5"),
+        ("communication_data_type=true", "communication_data_type=True"),
+        ("steps_per_print=0", "greater than or equal to 1"),
+        ("gradient_clipping=-1", "greater than or equal to 0"),
+        ("gradient_clipping=1e999", "gradient_clipping=inf: expected a finite number"),
+        ("dump_state=1", "dump_state=1: expected true or false"),
+        # Parameters of the optimizer and the schedule
+        ("optimizer.params=null", '"optimizer.params" must be a JSON object'),
+        ("scheduler.params=5", '"scheduler.params" must be a JSON object'),
+        ("optimizer.params.lr=fast", "optimizer.params.lr='fast'"),
+        ("optimizer.params.lr=0", "greater than 0"),
+        ("optimizer.params.lr=1e300", "without overflow"),
+        ("optimizer.params.betas=[0.9]", "optimizer.params.betas"),
+        ("optimizer.params.betas=[0.9, 1]", "less than 1"),
+        ("optimizer.params.eps=1e30", "less than or equal to 1"),
+        ("optimizer.params.weight_decay=-1", "greater than or equal to 0"),
+        ("optimizer.params.fused=2", "optimizer.params.fused=2"),
+        ("optimizer.params.differentiable=true", "optimizer.type=AdamW (RuntimeError"),
+        ('optimizer={"type": "LBFGS", "params": {"lr": 1}}', "ZeRO has not been tested"),
+        ('optimizer={"type": "Adam", "params": {"amsgrad": true}}', "optimizer.params.amsgrad=True"),
+        ("scheduler.params.warmup_type=linaer", "'log' or 'linear'"),
+        ("scheduler.params.warmup_num_steps=0.5", "valid integer"),
+        ("scheduler.params={}", "scheduler.params.total_num_steps is missing"),
+        ('scheduler={"type": "StepLR", "params": {"step_size": 2}}', "use one of LRRangeTest"),
+        # Sizes of the model
+        ("pretrain.model.hidden_size=0", "greater than or equal to 1"),
+        ("pretrain.model.hidden_size=true", "pretrain.model.hidden_size=True: expected a number"),
+        ("pretrain.model.num_attention_heads=3", "transformers cannot build it"),
+        ("pretrain.model.hidden_act=gelo", "pretrain.model.hidden_act='gelo'"),
+        ("pretrain.model.hidden_dropout_prob=-1", "greater than or equal to 0"),
+        ("pretrain.model.layer_norm_eps=-1", "greater than or equal to 0"),
+        ("pretrain.model.is_decoder=true", 'unknown key "is_decoder"'),
+        ("pretrain.model.intermediate_size=1000000000000", "this machine has"),
+        # Numbers, words, true and false are not each other, and keys stand once
+        ("sctd.interval=true", "sctd.interval=True: expected a number"),
+        ('sctd.interval="3"', "sctd.interval='3': expected a number"),
+        ("sctd.shared_prefix=1", "sctd.shared_prefix=1: expected true or false"),
+        ("sctd.keep_token_ids=[true]", "sctd.keep_token_ids=True: expected a number"),
+        ("sctd.kl_weight=NaN", "sctd.kl_weight=nan: expected a finite number"),
+        ("pretrain.seed=4294967296", "less than 4294967296"),
+        ("pretrain.steps=1" + 20 * "0", "at most 64 bits"),
+        ("pretrain.steps=1" + 5000 * "0", "4300 digits"),
+        ("sctd=" + 30 * '{"a": ' + "1" + 30 * "}", "nested more than 20 deep"),
+        ("sctd=" + 100_000 * "[" + 100_000 * "]", "recursion"),
+        ('sctd={"interval": 3, "interval": 4}', '"interval" stands twice'),
     ],
 )
 def test_what_cannot_work_is_named(change, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         job.load(settings(), [change])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_a_damaged_configuration_is_loaded_or_refused_in_one_line(file, tmp_path):
+    """80 kinds of damage to each file: never another exception, and never a second line."""
+    settings = json.loads(file.read_text())
+    settings["pretrain"].update({"model": "bert-base"} if file.stem == "adapt" else {})  # its model stands on the Hub
+    stages = settings["pretrain"].get("stages", 1)
+    outcomes = {True: 0, False: 0}
+    for seed in range(80):
+        config, change = mutations.mutated(settings, random.Random(f"{file.stem} {seed}"), changes=1 + seed % 2)
+        damaged = tmp_path / "damaged.json"
+        damaged.write_text(mutations.as_text(config))
+        try:
+            job.load(damaged, world_size=stages)
+            outcomes[True] += 1
+        except ConfigError as error:
+            outcomes[False] += 1
+            assert "\n" not in str(error) and 10 < len(str(error)) < 1200, f"{change}: {error}"
+        except Exception as error:
+            raise AssertionError(f"{change}: {type(error).__name__}: {error}") from error
+    assert min(outcomes.values()) > 5, outcomes
 
 
 def test_two_precisions_are_refused():
@@ -173,7 +257,10 @@ def test_fp16_falls_back_to_bf16_aloud(monkeypatch):
     [
         ("{", "line 1, column 2"),
         ("[1]", "expected a JSON object"),
-        ('{"sctd": {}, "sctd": {}}', "stands twice"),
+        ('{"sctd": {}, "sctd": {}}', "broken.json: .*stands twice"),
+        ('{"gradient_clipping": NaN}', "broken.json: gradient_clipping=nan"),
+        ('{"optimizer": {"params": {"betas": [0.9, 1e999]}}}', "optimizer.params.betas=inf"),
+        (100_000 * "[" + 100_000 * "]", "recursion"),
         ("\xff", "read"),
     ],
 )

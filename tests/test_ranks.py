@@ -1,10 +1,15 @@
 """Ranks wait as long as the first one works; a failure on one rank fails all of them, and they know that they share it."""
 
+import mmap
+import os
+import pickle
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from helpers.scenarios import run_scenarios, scenario
 from sctd_ds import ConfigError
@@ -81,3 +86,47 @@ def test_a_failure_elsewhere_is_one_of_all_and_says_where(launched):
     first, second = (rank(second_has_a_bug) for rank in launched)
     assert first[0] == "RuntimeError" and first[1].startswith("rank 1: UnicodeDecodeError")
     assert second[0] == "UnicodeDecodeError"
+
+
+@scenario
+def told_without_pickles(here):
+    """Whatever the ranks tell each other is read while no pickle can be."""
+    readers = {(pickle, "loads"): pickle.loads, (distributed_c10d, "_unpickler"): distributed_c10d._unpickler}
+    for module, name in readers:
+        setattr(module, name, lambda *_: fail(AssertionError("a pickle was read")))
+    try:
+        return [outcome(ranks.on_first, lambda: {"a": [1, None]}), outcome(ranks.on_all, lambda: fail(ConfigError("no")))]
+    finally:
+        for (module, name), reader in readers.items():
+            setattr(module, name, reader)
+
+
+def test_ranks_read_no_pickles(launched):
+    told = [["result", {"a": [1, None]}], ["ConfigError", "no", True]]
+    assert [rank(told_without_pickles) for rank in launched] == [told] * 2
+
+
+# Shared memory that a killed run left behind
+
+
+def leave(folder: Path, name: str, age: float) -> Path:
+    """A file of this user as DeepSpeed's shared memory is one, `age` seconds old."""
+    file = folder / name.format(os.getuid())
+    file.write_bytes(bytes(mmap.PAGESIZE))
+    os.utime(file, (time.time() - age, time.time() - age))
+    return file
+
+
+def test_memory_that_nobody_maps_is_given_back(tmp_path):
+    buffer, old = "deepspeed_allreduce_buffer_{}_127.0.0.1_", 2 * ranks.RENDEZVOUS
+    leaked, mapped = leave(tmp_path, buffer + "1_0", old), leave(tmp_path, buffer + "1_1", old)
+    kept = [mapped, leave(tmp_path, buffer + "2_0", 0), leave(tmp_path, "deepspeed_allreduce_buffer_{}1_x_3_0", old)]
+    with mapped.open("r+b") as file, mmap.mmap(file.fileno(), 0):
+        ranks.remove_leaked_memory(tmp_path)
+    assert not leaked.exists() and all(file.exists() for file in kept)
+
+
+def test_a_start_gives_back_what_a_killed_one_left():
+    leaked = leave(Path("/dev/shm"), "deepspeed_allreduce_buffer_{}_nowhere_1_0", 2 * ranks.RENDEZVOUS)
+    ranks.init_distributed()
+    assert not leaked.exists()

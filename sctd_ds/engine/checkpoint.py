@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sctd_ds.config import MAY_DIFFER_ON_RESUME, MAY_DIFFER_ON_START, differences
 from sctd_ds.engine import ranks
+from sctd_ds.engine.random_state import file_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ _SETTINGS = "settings.json"
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read, or continued with these settings."""
+
+    shared = False
+    """Whether all ranks raise it, so only one has to print it."""
 
 
 def save(engine: Any, folder: Path, settings: Mapping[str, Any], position: int, keep_last: int) -> Path:
@@ -57,23 +61,38 @@ def save(engine: Any, folder: Path, settings: Mapping[str, Any], position: int, 
             partial.mkdir(parents=True)
         dist.barrier()
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, client_state={"position": position})
-        if first:
-            content = {"settings": settings, "world_size": dist.get_world_size(), "step": engine.applied_steps}
-            (partial / _SETTINGS).write_text(json.dumps(content, indent=1), encoding="utf-8")
-            _write_manifest(partial)
-            partial.rename(final)
-            _sync(folder)
-            _write_latest(folder, final.name)
-            _prune(folder, keep_last)
+        world = dist.get_world_size()
+        shards = world if engine.save_zero_checkpoint else 0
+        content = {"settings": settings, "world_size": world, "step": engine.applied_steps}
+        ranks.on_first(lambda: _complete(partial, final, content, shards, keep_last))
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
         if first:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
+        problem = CheckpointError(
             f"{final}: the checkpoint could not be written ({error}). Earlier checkpoints are intact: free space or fix the "
             "folder, and start the same command again"
-        ) from error
-    dist.barrier()
+        )
+        problem.shared = getattr(error, "shared", False)
+        raise problem from error
     return final
+
+
+def _complete(partial: Path, final: Path, content: Mapping[str, Any], shards: int, keep_last: int) -> None:
+    """Give a checkpoint its final name, once the files of every rank are known to be in it.
+
+    content: that of settings.json. shards: how many files of the optimizer there must be.
+    """
+    found = sum(_SHARD.search(file.name) is not None for file in partial.iterdir())
+    missing = [rank for rank in range(content["world_size"]) if not file_of(partial, rank).is_file()]
+    if missing or found != shards:
+        lost = f", and no file of the ranks {missing}" if missing else ""
+        raise FileNotFoundError(f"it has {found} of {shards} shards of the optimizer{lost}: do all nodes share this folder?")
+    (partial / _SETTINGS).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    _write_manifest(partial)
+    partial.rename(final)
+    _sync(final.parent)
+    _write_latest(final.parent, final.name)
+    _prune(final.parent, keep_last)
 
 
 def _is_saved(final: Path) -> bool:
@@ -94,7 +113,8 @@ def find(folder: Path, resume: str, tidy: bool = True) -> Path | None:
     one, so that nothing is overwritten. Damaged checkpoints are skipped with a warning. When all are damaged, that is an
     error, because starting anew would hide it. tidy: delete what a killed run left half written.
     """
-    return ranks.on_first(lambda: _find(folder, resume, tidy))
+    name = ranks.on_first(lambda: _find(folder, resume, tidy))
+    return folder / name if name else None
 
 
 def check(
@@ -272,7 +292,7 @@ def verify(checkpoint: Path) -> str | None:
     return None
 
 
-def _find(folder: Path, resume: str, tidy: bool) -> Path | None:
+def _find(folder: Path, resume: str, tidy: bool) -> str | None:
     for partial in folder.glob(_PARTIAL + "*") if tidy else ():
         shutil.rmtree(partial, ignore_errors=True)
     candidates = sorted((p for p in folder.glob("step_*") if _NAME.match(p.name)), reverse=True)
@@ -283,7 +303,7 @@ def _find(folder: Path, resume: str, tidy: bool) -> Path | None:
     for candidate in candidates:
         problem = verify(candidate)
         if problem is None:
-            return candidate
+            return candidate.name
         logger.warning("skipping %s: %s", candidate.name, problem)
     if candidates:
         raise CheckpointError(f"every checkpoint in {folder} is damaged: restore one, or start anew in another --output")

@@ -12,11 +12,12 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from sctd_ds.config import ConfigError, ScTDConfig, read_json, sctd_block
+from sctd_ds.config import ConfigError, ScTDConfig, one_line, read_json, sctd_block
 from sctd_ds.deepspeed_json import check, check_layout
 from sctd_ds.engine.data_parallel import ScTDEngine
+from sctd_ds.engine.operations import compiling
 from sctd_ds.engine.pipeline import ScTDPipelineEngine
-from sctd_ds.engine.ranks import release_shared_memory
+from sctd_ds.engine.ranks import release_shared_memory, remove_leaked_memory
 from sctd_ds.method.convert import convert, is_converted, state_of
 
 ENGINES: dict[type, type] = {DeepSpeedEngine: ScTDEngine, PipelineEngine: ScTDPipelineEngine}
@@ -39,7 +40,8 @@ def initialize(
 
     The method comes from `sctd_config`, or from the "sctd" block of the DeepSpeed configuration (`config`, `config_params`
     or args.deepspeed_config); a model that is converted already keeps its own. Raises ValueError for a configuration
-    without either, for unknown keys in it, and for what cannot work (ZeRO-3, a model family without an adapter).
+    without either, for unknown keys in it, and for what cannot work (ZeRO-3, a model family without an adapter, settings for
+    which DeepSpeed builds no engine).
     """
     given = config if config is not None else config_params
     given = given if given is not None else getattr(args, "deepspeed_config", None)
@@ -61,7 +63,12 @@ def initialize(
             'no ScTD settings: add an "sctd" block to the DeepSpeed configuration (an empty one means the defaults), '
             "or pass sctd_config="
         )
-    values = deepspeed.initialize(args, model, *rest, config=config, config_params=config_params, **kwargs)
+    remove_leaked_memory()
+    try:
+        with compiling():
+            values = deepspeed.initialize(args, model, *rest, config=config, config_params=config_params, **kwargs)
+    except Exception as error:  # assertions, import errors, ...: for settings that it cannot combine DeepSpeed has no type
+        raise ConfigError(f"DeepSpeed cannot build an engine with this configuration ({one_line(error)})") from error
     attach(values[0])
     return values
 

@@ -6,9 +6,12 @@ An error on one rank must not leave the others in a collective that never ends, 
 from __future__ import annotations
 
 import itertools
+import json
 import os
-import pickle
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,19 +21,27 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed.distributed_c10d import _get_default_store
 
+from sctd_ds.engine.operations import compiling
+
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)
 """How long ranks wait for the one that works: building a data set outlasts the ten minutes of a usual collective."""
 
-Failure = tuple[type[Exception], str]
+RENDEZVOUS = 60
+"""Seconds after which no rank of a start needs the name of shared memory any more: ranks map it as soon as they have met."""
+
+_BUFFER = "deepspeed_allreduce_buffer"
+"""What DeepSpeed's shared memory is called, before user, address, port and rank."""
 
 _calls = itertools.count()
 
 
 def init_distributed() -> None:
     """deepspeed.init_distributed, if it has not run yet, on this rank's own device, and without the memory it leaves behind."""
-    deepspeed.init_distributed(verbose=False)
+    remove_leaked_memory()
+    with compiling():
+        deepspeed.init_distributed(verbose=False)
     # DeepSpeed sets the device in its engine only; a collective before that would find every rank on the first device.
     if get_accelerator().device_name() != "cpu" and "LOCAL_RANK" in os.environ:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -45,26 +56,52 @@ def release_shared_memory() -> None:
     if get_accelerator().device_name() == "cpu":
         dist.barrier()  # all ranks have mapped it, so nobody needs its name any more
         where, rank = (os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT")), dist.get_rank()
-        name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *where, str(rank)])
+        name = "_".join([_BUFFER, str(os.getuid()), *where, str(rank)])
         Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def remove_leaked_memory(folder: Path = Path("/dev/shm")) -> None:
+    """Unlink this user's shared memory that a run left because it was killed before `release_shared_memory`.
+
+    That is memory which no process maps, and which is older than the moment that other ranks of a start need its name for.
+    """
+    now, leaked = time.time(), []
+    for file in folder.glob(f"{_BUFFER}_{os.getuid()}_*"):
+        with suppress(FileNotFoundError):  # another start removes it, too
+            status = file.stat()
+            if status.st_uid == os.getuid() and now - status.st_mtime > RENDEZVOUS:
+                leaked.append(file)
+    mapped = _mapped_files() if leaked else ""
+    for file in leaked:
+        if f"{file}\n" not in mapped:
+            file.unlink(missing_ok=True)
+
+
+def _mapped_files() -> str:
+    """The memory maps of all processes that this user may look at: one mapping a line, which ends with its file."""
+    maps = []
+    for file in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(PermissionError, FileNotFoundError, ProcessLookupError):  # of others, or ended meanwhile
+            maps.append(file.read_text())
+    return "".join(maps)
 
 
 def on_first(work: Callable[[], T]) -> T:
     """The result of `work`, done on rank 0 alone while the others wait, or its failure on every rank. All ranks call this.
 
-    The result must be picklable.
+    The result is what JSON can hold, as JSON returns it: reading a pickle would run whatever its sender likes.
     """
     # Through the store that the ranks found each other by: unlike a collective, it allows a wait of any length.
     store, key = _get_default_store(), f"sctd_ds/on_first/{next(_calls)}"
     if dist.get_rank() == 0:
-        result, error = _attempt(work)
-        store.set(key, pickle.dumps((result, _failure(error))))  # type: ignore[arg-type] # it takes bytes
-        _raise_first(error, [_failure(error)])
-        return result  # type: ignore[return-value]
-    store.wait([key], PATIENCE)
-    result, failure = pickle.loads(store.get(key))
-    _raise_first(None, [failure])
-    return result
+        text, error = _attempt(lambda: json.dumps(work()))
+        store.set(key, json.dumps([text, _failure(error)]))
+    else:
+        store.wait([key], PATIENCE)
+        error = None
+    text, failure = json.loads(store.get(key))
+    _raise_first(error, [failure])
+    return json.loads(text)
 
 
 def on_all(work: Callable[[], T]) -> T:
@@ -73,9 +110,10 @@ def on_all(work: Callable[[], T]) -> T:
     `work` must do nothing collective.
     """
     result, error = _attempt(work)
-    told: list[Failure | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, _failure(error))
-    _raise_first(error, told)
+    store, key = _get_default_store(), f"sctd_ds/on_all/{next(_calls)}"
+    store.set(f"{key}/{dist.get_rank()}", json.dumps(_failure(error)))
+    dist.barrier()  # unlike a wait at the store, it notices a rank that was killed
+    _raise_first(error, [json.loads(store.get(f"{key}/{rank}")) for rank in range(dist.get_world_size())])
     return result  # type: ignore[return-value]
 
 
@@ -86,11 +124,12 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _failure(error: Exception | None) -> Failure | None:
-    return None if error is None else (type(error), str(error))
+def _failure(error: Exception | None) -> list[str] | None:
+    """What other ranks are told of an error: the module and the name of its type, and its text."""
+    return None if error is None else [type(error).__module__, type(error).__qualname__, str(error)]
 
 
-def _raise_first(mine: Exception | None, told: list[Failure | None]) -> None:
+def _raise_first(mine: Exception | None, told: Sequence[list[str] | None]) -> None:
     """Re-raise the local error, else the first remote one, keeping its type if it takes only a message.
 
     Its attribute `shared` says that every rank raises it, so only one of them has to tell the user.
@@ -98,9 +137,10 @@ def _raise_first(mine: Exception | None, told: list[Failure | None]) -> None:
     for rank, failure in enumerate(told):
         if failure is None:
             continue
-        kind, text = failure
+        module, name, text = failure
         text += f" (on rank {rank})" if rank else ""
-        plain = kind.__init__ in (ValueError.__init__, RuntimeError.__init__)
-        error: Any = mine or (kind(text) if plain else RuntimeError(f"rank {rank}: {kind.__name__}: {text}"))
+        kind: Any = getattr(sys.modules.get(module), name, None)  # only a type that this rank has imported itself
+        plain = getattr(kind, "__init__", None) in (ValueError.__init__, RuntimeError.__init__)
+        error: Any = mine or (kind(text) if plain else RuntimeError(f"rank {rank}: {name}: {text}"))
         error.shared = True
         raise error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -46,17 +47,23 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
     """Built data, or raw text built once into data/cache: rank 0 works, the others wait. Raises DataError on every rank."""
     options = run.pretrain
 
-    def build() -> Path:
+    def build() -> str:
         # Without the run's seed: runs on one text hold out the same part of it, so their losses can be compared.
-        return data.prepare(
+        path = data.prepare(
             spec,
             Path("data") / "cache",
             tokenizer=options.tokenizer or options.trained_model,
             vocab_size=options.vocab_size,
             seq_length=options.seq_length,
         )
+        return str(path)
 
     def load() -> data.PackedData:
+        if not path.exists():
+            raise data.DataError(
+                f"{path.absolute()} is not on {socket.gethostname()}, and every node needs the data: build them with "
+                "`python -m sctd_ds.data build` in a folder that all nodes share, or copy them there, and name it in --data"
+            )
         packed = data.load(path, seq_length=options.seq_length)
         if len(packed.train) < run.global_batch:
             raise data.DataError(
@@ -67,8 +74,19 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
             data.check_tokenizer(packed, options.trained_model)
         return packed
 
-    path = ranks.on_first(build)
-    return ranks.on_all(load)
+    path = Path(ranks.on_first(build))
+    packed = ranks.on_all(load)
+    fingerprint = ranks.on_first(lambda: packed.meta.fingerprint)
+    ranks.on_all(lambda: _refuse_other(packed, fingerprint))
+    return packed
+
+
+def _refuse_other(packed: data.PackedData, fingerprint: str) -> None:
+    """DataError for data other than those that the first rank reads: a node may have its own at the same path."""
+    if packed.meta.fingerprint != fingerprint:
+        raise data.DataError(
+            f"{packed.path.absolute()} on {socket.gethostname()} holds other data than that of the first rank: copy that there"
+        )
 
 
 def make_batches(

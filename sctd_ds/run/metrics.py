@@ -19,6 +19,9 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 Event = Literal["train", "validation"]
+SLOW_SAVE = 20
+"""Seconds of a save, beyond which a stop may not end within the 30 that a launcher leaves its ranks: a step precedes it."""
+
 Record = dict[str, Any]
 """A line of metrics.jsonl: "event", "step", in a training step its "mode", and values by the name of their metric."""
 
@@ -130,17 +133,31 @@ class Metrics:
         if not self._active:
             return
         self._file.flush()
-        line = f"validation at step {step}: {text('validation', values)}"
-        if self._bar.disable:
-            logger.info("%s", line)
-        else:
-            self._bar.write(line, file=sys.stderr)
+        self._say(f"validation at step {step}: {text('validation', values)}")
+
+    def saved(self, checkpoint: Path, seconds: float) -> None:
+        """Say what a save cost, and where it is too slow for the usual way to stop a run."""
+        if not self._active:
+            return
+        size = sum(file.stat().st_size for file in checkpoint.iterdir())
+        self._say(f"saved {checkpoint.name}: {size / 1e6:,.1f} MB in {seconds:.1f} s")
+        if seconds > SLOW_SAVE:
+            self._say(
+                f"a save takes {seconds:.0f} s, and the launcher kills its ranks 30 s after Ctrl-C or SIGTERM: stop this run "
+                "by `kill` of the process `deepspeed` alone, which sets no limit (docs/reliability.md)"
+            )
 
     def flush(self) -> None:
         """Write what was recorded to the disk."""
         if self._active:
             self._file.flush()
             os.fsync(self._file.fileno())
+
+    def _say(self, line: str) -> None:
+        if self._bar.disable:
+            logger.info("%s", line)
+        else:
+            self._bar.write(line, file=sys.stderr)
 
     def _record(self, event: Event, head: Record, values: Mapping[str, Any], samples: int) -> None:
         known = METRICS[event]

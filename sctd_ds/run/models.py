@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
+import os
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
+from pydantic import Field
 from torch import nn
+from transformers.activations import ACT2FN
 
 from sctd_ds import data
 from sctd_ds.adapters.special_tokens import special_ids
-from sctd_ds.config import BERT_SIZES, ConfigError, PretrainConfig, ScTDConfig, did_you_mean
+from sctd_ds.config import BERT_SIZES, ConfigError, PretrainConfig, ScTDConfig, one_line, problems
+from sctd_ds.deepspeed_schema import model_of
 from sctd_ds.engine.pipeline import check_stages
 from sctd_ds.integrations import apex
 from sctd_ds.integrations.export import read_importance
@@ -27,6 +33,24 @@ FIRST_POSITION = {"bert": "zero", "roberta": "after padding", "xlm-roberta": "af
 """Model types that pretrain.py trains, those with BERT's layers, whose operations `flops` counts; and the position id of a
 row's first token: 0, or pad_token_id + 1. `sctd_ds.initialize` takes more families."""
 
+_SIZE, _SHARE = Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0, lt=1)]
+SIZES = model_of(
+    {
+        "hidden_size": _SIZE,
+        "num_hidden_layers": _SIZE,
+        "num_attention_heads": _SIZE,
+        "intermediate_size": _SIZE,
+        "max_position_embeddings": _SIZE,
+        "type_vocab_size": _SIZE,
+        "hidden_act": Literal[tuple(ACT2FN)],
+        "hidden_dropout_prob": _SHARE,
+        "attention_probs_dropout_prob": _SHARE,
+        "initializer_range": _SHARE,
+        "layer_norm_eps": _SHARE,
+    }
+)
+"""Keys of `pretrain.model` for a new model; the others of transformers.BertConfig are for decoders and other heads."""
+
 VOCABULARY_MULTIPLE = 64
 """A new model's embedding gets a multiple of this many rows, which suits the matrix units; ids beyond the tokenizer's are
 never used."""
@@ -38,6 +62,7 @@ never used."""
 def check(run: RunConfig) -> None:
     """ConfigError for a model that the run's method, its pipeline or this machine cannot train. Nothing is loaded or built."""
     model, stages = model_config(run.pretrain), run.pretrain.stages
+    _check_sizes(model)
     if run.sctd.method != "dense":
         LayerPlan(model.num_hidden_layers)
     if stages > 1:
@@ -67,18 +92,36 @@ def sizes(pretrain: PretrainConfig, tokenizer: transformers.PreTrainedTokenizerB
 
 
 def _new_config(pretrain: PretrainConfig) -> transformers.BertConfig:
-    arguments = dict(BERT_SIZES[pretrain.model] if isinstance(pretrain.model, str) else pretrain.model)
-    known = {name for name in transformers.BertConfig().to_dict() if not name.startswith("_")}
-    for key in arguments:
-        if key not in known:
-            raise ConfigError(f'unknown key "{key}" in pretrain.model; {did_you_mean(key, known)}')
-    if "vocab_size" in arguments:
+    sizes = dict(BERT_SIZES[pretrain.model] if isinstance(pretrain.model, str) else pretrain.model)
+    if "vocab_size" in sizes:
         raise ConfigError("pretrain.model.vocab_size: the vocabulary comes from the tokenizer; remove the key")
+    for problem in problems(sizes, "pretrain.model", SIZES):
+        raise ConfigError(problem)
+    sizes = SIZES(**sizes).model_dump(exclude_unset=True)
     length = pretrain.seq_length
-    positions = arguments.setdefault("max_position_embeddings", max(512, length))
+    positions = sizes.setdefault("max_position_embeddings", max(512, length))
     if positions < length:
         raise ConfigError(f"pretrain.model.max_position_embeddings={positions} is smaller than pretrain.seq_length={length}")
-    return transformers.BertConfig(**arguments)
+    return transformers.BertConfig(**sizes)
+
+
+def _check_sizes(config: transformers.PreTrainedConfig) -> None:
+    """ConfigError for sizes that transformers cannot build, or whose weights alone exceed this machine's memory."""
+    one_layer = copy.deepcopy(config)
+    one_layer.num_hidden_layers = 1
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = transformers.AutoModelForMaskedLM.from_config(one_layer)
+        whole, layer = (sum(p.numel() for p in part.parameters()) for part in (model, model.base_model.encoder.layer))
+    except Exception as error:  # KeyError, ValueError, RuntimeError, ...: neither library has an error of its own for it
+        raise ConfigError(f"pretrain.model: transformers cannot build it ({one_line(error)})") from None
+    needed = 4 * (whole + (config.num_hidden_layers - 1) * layer)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ConfigError(
+            f"pretrain.model: its weights need {needed / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}: "
+            "choose smaller sizes"
+        )
 
 
 def _trained_config(name: str, length: int) -> transformers.PreTrainedConfig:
@@ -102,16 +145,17 @@ def _trained_config(name: str, length: int) -> transformers.PreTrainedConfig:
 
 def _read_config(name: str) -> transformers.PreTrainedConfig:
     """The config.json of a folder or Hub model. Raises ConfigError, with a guess at what was meant."""
-    path = Path(name)
+    path, there = Path(name), False
     try:
-        return transformers.AutoConfig.from_pretrained(name, local_files_only=path.exists())
+        there = path.exists()
+        return transformers.AutoConfig.from_pretrained(name, local_files_only=there)
     except (OSError, ValueError) as error:  # what transformers raises for missing, broken and unknown models
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
     looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_like_a_path and not path.exists():
+    if looks_like_a_path and not there:
         reason = "no such folder"
     meant = difflib.get_close_matches(name, BERT_SIZES, n=1, cutoff=0.85)
-    if (path / "model" / "config.json").is_file():  # a run's folder
+    if there and (path / "model" / "config.json").is_file():  # a run's folder
         meant = [str(path / "model")]
     hint = f'; did you mean "{meant[0]}"?' if meant else ""
     raise ConfigError(f'pretrain.model="{name}" is neither a preset nor a trained model that can be loaded ({reason}){hint}')

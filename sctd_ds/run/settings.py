@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from torch import nn
 
-from sctd_ds.config import BERT_SIZES, Block, ConfigError, PretrainConfig, ScTDConfig, json_block, leaves, read_json
+from sctd_ds.config import (
+    BERT_SIZES,
+    Block,
+    ConfigError,
+    PretrainConfig,
+    ScTDConfig,
+    json_block,
+    leaves,
+    one_line,
+    parse_json,
+    read_json,
+)
 from sctd_ds.deepspeed_json import check, replicas, zero_stage
+from sctd_ds.deepspeed_schema import ADAM_SWITCHES, optimizer_class, schedule_class
 from sctd_ds.integrations import apex
 from sctd_ds.method.schedule import dropping_phase
 
@@ -95,6 +111,7 @@ def load(
     _resolve_schedule(deepspeed, pretrain)
     optimizer = _take_apex_optimizer(deepspeed)
     notes = _resolve_precision(deepspeed) + _warnings(deepspeed, optimizer)
+    _rehearse(deepspeed)
     return RunConfig(name, deepspeed, sctd, pretrain, micro, accumulation, pipelines, optimizer, notes)
 
 
@@ -113,11 +130,11 @@ def _apply_override(raw: Block, item: str) -> None:
     if not equals or not path:
         raise ConfigError(f'--set "{item}": expected dotted.key=value, for example sctd.interval=20')
     try:
-        value = json.loads(text)
+        value = parse_json(text, path)
     except json.JSONDecodeError:
         value = text
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f'--set "{item}": the value must be finite')
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f'--set "{item[:80]}": {error}') from None
     *blocks, key = path.split(".")
     for part in blocks:
         inner = raw.setdefault(part, {})
@@ -135,9 +152,6 @@ def _resolve_batch(config: Block, world_size: int) -> tuple[int, int]:
     """Fill in the missing one of the three batch keys; returns (micro batch, accumulation steps)."""
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     total, micro, steps = (None if config.get(key) == "auto" else config.get(key) for key in keys)
-    for key, value in zip(keys, (total, micro, steps), strict=True):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ConfigError(f"{key}={value!r}: expected a whole number of at least 1")
     if total is None and micro is None:
         raise ConfigError("set train_batch_size (rows per step over all ranks) or train_micro_batch_size_per_gpu")
     if micro is None:
@@ -201,3 +215,41 @@ def _warnings(config: Block, optimizer: Block | None) -> tuple[str, ...]:
         f"optimizer.type=apex.FusedLAMB with zero_optimization.stage={stage}: ZeRO gives it one flat tensor per rank, so its "
         "trust ratio is one for all of a rank's parameters. Stage 0 has one per layer.",
     )
+
+
+def _rehearse(config: Block) -> None:
+    """DeepSpeed reads the configuration, and the optimizer and the schedule take some steps with one parameter.
+
+    What is refused in the engine otherwise, when data and model are ready, or in the middle of training, raises ConfigError
+    here.
+    """
+    sizes = {"train_batch_size"}  # it follows from the others and the number of ranks that DeepSpeed finds
+    with _blaming("the configuration"):
+        DeepSpeedConfig(copy.deepcopy({key: value for key, value in config.items() if key not in sizes}))
+    block, schedule = config.get("optimizer", {}), config.get("scheduler", {})
+    params = {key: value for key, value in block.get("params", {}).items() if key not in ADAM_SWITCHES}
+    built = optimizer_class(block.get("type", "AdamW"), block.get("params", {}), offloads=False)
+    if built is None or not issubclass(built, torch.optim.Optimizer) or not built.__module__.startswith("torch.optim"):
+        built, params = torch.optim.AdamW, {}  # a stand-in for what would have to be compiled
+    weight = nn.Parameter(torch.ones(2, 2, device=get_accelerator().current_device_name()))
+    with _blaming(f"optimizer.type={block.get('type')}"):
+        optimizer = built([weight], **params)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    if "type" not in schedule:
+        return
+    with _blaming(f"scheduler.type={schedule['type']}"):
+        scheduler = schedule_class(schedule["type"])(optimizer, **schedule.get("params", {}))
+        for _ in range(3):
+            optimizer.step()
+            scheduler.step()
+            float(scheduler.get_last_lr()[0])
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Whatever is raised inside as a ConfigError of one line."""
+    try:
+        yield
+    except Exception as error:  # assertions, type and attribute errors: they have no type of their own for bad values
+        raise ConfigError(f"DeepSpeed cannot use {what} ({one_line(error)})") from None
