@@ -396,7 +396,7 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).exists())
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).exists(), trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{name}: cannot be loaded as a tokenizer ({reason}); give a folder or a Hub name") from None

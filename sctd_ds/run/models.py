@@ -104,7 +104,7 @@ def _read_config(name: str) -> transformers.PreTrainedConfig:
     """The config.json of a folder or Hub model. Raises ConfigError, with a guess at what was meant."""
     path = Path(name)
     try:
-        return transformers.AutoConfig.from_pretrained(name, local_files_only=path.exists())
+        return transformers.AutoConfig.from_pretrained(name, local_files_only=path.exists(), trust_remote_code=False)
     except (OSError, ValueError) as error:  # what transformers raises for missing, broken and unknown models
         reason = str(error).splitlines()[0]
     looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
@@ -168,6 +168,7 @@ def _load_trained(name: str) -> transformers.PreTrainedModel:
             name,
             dtype=torch.float32,
             local_files_only=Path(name).exists(),
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
         )
