@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,8 @@ from sctd_ds.method.schedule import dense_phases, mean_cost
 from sctd_ds.run import models, report, settings
 from sctd_ds.run.probe import Probe
 from sctd_ds.run.settings import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -43,18 +47,25 @@ def be_deterministic() -> None:
 
 
 def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
-    """Built data, or raw text built once into data/cache: rank 0 works, the others wait. Raises DataError on every rank."""
+    """Built data, or raw text built once into data/cache: rank 0 works, the others wait. Raises DataError on every rank.
+
+    Every start reads all of the data once, to see that it is what was built.
+    """
     options = run.pretrain
 
     def build() -> Path:
         # Without the run's seed: runs on one text hold out the same part of it, so their losses can be compared.
-        return data.prepare(
+        path = data.prepare(
             spec,
             Path("data") / "cache",
             tokenizer=options.tokenizer or options.trained_model,
             vocab_size=options.vocab_size,
             seq_length=options.seq_length,
         )
+        start = time.perf_counter()
+        size = sum(size for size, _ in data.load(path, seq_length=options.seq_length, verify=True).meta.files.values())
+        logger.info("%s: %.1f MB are as they were built (SHA-256, %.1f s)", path, size / 1e6, time.perf_counter() - start)
+        return path
 
     def load() -> data.PackedData:
         packed = data.load(path, seq_length=options.seq_length)
