@@ -29,7 +29,7 @@ from sctd_ds.engine import checkpoint, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.ranks import init_distributed
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
-from sctd_ds.run import control, job, lock, models, probe, report
+from sctd_ds.run import control, job, lock, models, output, probe, report
 from sctd_ds.run.metrics import Metrics
 from sctd_ds.run.settings import RunConfig
 from sctd_ds.run.validation import validate
@@ -127,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Checkpoint to start from
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
+    ranks.on_first(lambda: output.check(folder))
     if not arguments.dry_run:
         ranks.on_first(lambda: lock.hold(folder, create=False))
     found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not arguments.dry_run)
@@ -171,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         start=engine.applied_steps,
         total=options.steps,
         every=options.log_every,
+        batch=run.global_batch,
         keep=found is not None,
         monitor=engine.monitor,
         rank=rank,
@@ -281,7 +283,7 @@ def run_and_report(argv: list[str] | None = None) -> int:
     """`main`, with an error that is meant for the user as one line instead of a traceback. Returns the exit status."""
     try:
         return main(argv)
-    except (ConfigError, data.DataError, checkpoint.CheckpointError) as error:
+    except (ConfigError, data.DataError, checkpoint.CheckpointError, output.OutputError) as error:
         problem, status = error, 2
     except TrainingError as error:
         problem, status = error, 3

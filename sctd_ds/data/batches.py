@@ -226,12 +226,16 @@ class Loader:
         self._start, self._taken = state["position"], 0
         self._ahead.clear()
 
+    def rows_of(self, samples: range) -> list[Sample]:
+        """(epoch, row) of samples by their numbers in the global order, as positions count them."""
+        numbers = (divmod(n, len(self._rows)) for n in samples)
+        return [(epoch, int(self._order(epoch)[n])) for epoch, n in numbers]
+
     def _samples(self, index: int) -> list[Sample]:
         """Samples of this rank's micro-batch number `index` since `_start`, adjacent in the global order."""
         step, part = divmod(index, self.accumulation)
         first = self._start + step * self.samples_per_step + (part * self.world + self.rank) * self.micro_batch
-        numbers = (divmod(n, len(self._rows)) for n in range(first, first + self.micro_batch))
-        return [(epoch, int(self._order(epoch)[n])) for epoch, n in numbers]
+        return self.rows_of(range(first, first + self.micro_batch))
 
     def _prepare(self, index: int) -> MicroBatch:
         return _collate(self._rows, self._masker, self._samples(index))

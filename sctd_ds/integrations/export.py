@@ -44,15 +44,19 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
         plain.load_state_dict(weights)
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        plain.save_pretrained(partial)
-        _write_importance(engine_or_model, partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        if card is not None:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        try:
+            partial.mkdir(parents=True)
+            plain.save_pretrained(partial)
+            _write_importance(engine_or_model, partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            if card is not None:
+                (partial / "README.md").write_text(card, encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()
     return folder
