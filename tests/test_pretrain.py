@@ -627,7 +627,7 @@ def no_space_in_safetensors(*_, **__):
         (BertForMaskedLM, "save_pretrained", no_space, "model"),
         (BertForMaskedLM, "save_pretrained", no_space_in_safetensors, "model"),
         (BertTokenizer, "save_pretrained", no_space, "model"),
-        (json, "dumps", no_space, "report.json"),
+        (report.Report, "to_json", no_space, "report.json"),
         (Figure, "savefig", no_space, "report.png"),
         (os, "fsync", no_space, "metrics.jsonl"),
     ],

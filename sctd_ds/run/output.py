@@ -19,6 +19,8 @@ class OutputError(RuntimeError):
 def check(folder: Path) -> None:
     """ConfigError unless a run can write in `folder`, or make it. It tries, and leaves nothing behind."""
     try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.stat()  # refuses what cannot be a name
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(1 << 20))
