@@ -601,6 +601,27 @@ def test_export_of_a_model_carries_its_table_and_still_loads_without_a_word(mode
         read_importance(tmp_path / "model")
 
 
+def test_no_flipped_bit_of_an_importance_table_goes_unnoticed(model_folder, tmp_path):
+    import sctd_ds
+    from sctd_ds.integrations.export import IMPORTANCE, read_importance
+
+    folder = sctd_ds.export(trained(model_folder)[0], tmp_path / "model")
+    file, table, draw = folder / IMPORTANCE, read_importance(folder), random.Random(0)
+    written, refused = file.read_bytes(), 0
+    for _ in range(400):
+        place, bit = draw.randrange(len(written)), draw.randrange(8)
+        file.write_bytes(written[:place] + bytes([written[place] ^ 1 << bit]) + written[place + 1 :])
+        try:
+            found = read_importance(folder)
+        except ValueError as error:
+            assert "not an importance table, or damaged" in str(error)
+            refused += 1
+        else:  # a flip in the name of the digest leaves a table of an earlier version, and an intact one
+            assert torch.equal(found.scores, table.scores)
+            assert (found.drop_ratio, found.policy) == (table.drop_ratio, table.policy)
+    assert refused > 390
+
+
 def test_export_of_an_engine_a_pipeline_and_a_trainer_run_carries_the_table(tmp_path, monkeypatch):
     """One rank each; with several, only the gathering of weights differs, which test_engine and test_pipeline check."""
     import transformers

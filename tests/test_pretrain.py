@@ -46,6 +46,8 @@ from helpers.scenarios import run_scenarios, scenario
 from sctd_ds import data
 from sctd_ds.engine import checkpoint
 from sctd_ds.engine.data_parallel import ScTDEngine
+from sctd_ds.eval.sources import EvalError
+from sctd_ds.eval.store import Model
 from sctd_ds.integrations.export import read_importance
 from sctd_ds.run import job, metrics, models, report
 from sctd_ds.run.metrics import Metrics
@@ -538,6 +540,28 @@ def _other_tokenizer(model: Path) -> None:
 def _cased_tokenizer(model: Path) -> None:
     file = model / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "do_lower_case": False}))
+
+
+@pytest.mark.parametrize("where", ["model", "tokenizer", "evaluation"])
+def test_code_that_a_model_brings_does_not_run_and_nobody_is_asked(mini, trained, capsys, monkeypatch, where):
+    asked, folder = [], mini.folder / "model"
+    shutil.copytree(trained / "model", folder)
+    (folder / "code.py").write_text("import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n")
+    classes = {"AutoConfig": "code.Config", "AutoModelForMaskedLM": "code.Model", "AutoTokenizer": [None, "code.Tokenizer"]}
+    _changed_config(folder, model_type="mine", auto_map=classes)
+    about = folder / "tokenizer_config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "tokenizer_class": "Mine", "auto_map": classes}))
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    if where == "evaluation":
+        with pytest.raises(EvalError):
+            Model("mine", str(folder)).check()
+    else:
+        text = mini.folder / "text.txt"
+        text.write_text("bando kori")
+        assert mini("--set", f"pretrain.{where}={folder}", "--data", str(text)) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(folder) in error and "custom code" in error
+    assert not asked and not (folder / "ran").exists()
 
 
 def test_a_runs_folder_in_place_of_its_model_is_refused_with_a_hint(mini, trained, capsys):
