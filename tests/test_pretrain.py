@@ -546,7 +546,7 @@ def _cased_tokenizer(model: Path) -> None:
 def test_code_that_a_model_brings_does_not_run_and_nobody_is_asked(mini, trained, capsys, monkeypatch, where):
     asked, folder = [], mini.folder / "model"
     shutil.copytree(trained / "model", folder)
-    (folder / "code.py").write_text("import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n")
+    (folder / "code.py").write_text(f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\n")
     classes = {"AutoConfig": "code.Config", "AutoModelForMaskedLM": "code.Model", "AutoTokenizer": [None, "code.Tokenizer"]}
     _changed_config(folder, model_type="mine", auto_map=classes)
     about = folder / "tokenizer_config.json"

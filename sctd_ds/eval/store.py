@@ -141,6 +141,17 @@ def fingerprint(*contents: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def read_outcome(path: Path) -> dict[str, Any]:
+    """What `remember` wrote into a file. Raises EvalError for one that is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise EvalError(f"{path}: cannot be read ({error}); delete the file to measure again") from None
+    if not isinstance(record, dict) or not {"model", "task", "settings", "scores"} <= record.keys():
+        raise EvalError(f"{path}: not an outcome, or damaged; delete the file to measure again")
+    return record
+
+
 def remember(path: Path | None, settings: dict[str, Any], measure: Callable[[], Any], **about: Any) -> Any:
     """The outcome of `measure`, or of an earlier call with the same settings, which `path` keeps.
 
@@ -150,7 +161,7 @@ def remember(path: Path | None, settings: dict[str, Any], measure: Callable[[], 
         return measure()
     settings = json.loads(json.dumps(settings))
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_outcome(path)
         changed = [key for key in settings if found["settings"].get(key) != settings[key]]
         if changed:
             raise EvalError(f"{path}: measured with another {', '.join(changed)}; choose another --out, or delete the file")
