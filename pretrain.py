@@ -38,7 +38,8 @@ logger = logging.getLogger("pretrain")
 
 EPILOG = """\
 A run that was stopped (Ctrl-C, SIGTERM, a lost machine) continues exactly when you start the same command again.
-Exit status: 0 finished, 2 bad input, 3 training failed, 143 stopped by a signal after a checkpoint."""
+Exit status: 0 finished, 2 bad input or a file that cannot be written, 3 training failed, 143 stopped by a signal after a
+checkpoint."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
