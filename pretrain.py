@@ -27,7 +27,7 @@ from sctd_ds.engine import checkpoint, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.ranks import init_distributed
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
-from sctd_ds.run import control, job, lock, models, probe, report, stop
+from sctd_ds.run import control, job, lock, models, output, probe, report, stop
 from sctd_ds.run.metrics import Metrics
 from sctd_ds.run.settings import RunConfig
 from sctd_ds.run.validation import validate
@@ -36,7 +36,8 @@ logger = logging.getLogger("pretrain")
 
 EPILOG = """\
 A run that was stopped (Ctrl-C, SIGTERM, SIGHUP, a lost machine) continues exactly when you start the same command again.
-Exit status: 0 finished, 2 bad input, 3 training failed, 143 stopped by a signal after a checkpoint."""
+Exit status: 0 finished, 2 bad input or a file that cannot be written, 3 training failed, 143 stopped by a signal after a
+checkpoint."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Checkpoint to start from
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
+    ranks.on_first(lambda: output.check(folder))
     if not arguments.dry_run:
         lock.share(folder, create=False)
     found = checkpoint.find(folder / "checkpoints", arguments.resume, tidy=not arguments.dry_run)
@@ -170,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         start=engine.applied_steps,
         total=options.steps,
         every=options.log_every,
+        batch=run.global_batch,
         keep=found is not None,
         monitor=engine.monitor,
         rank=rank,
@@ -272,7 +275,7 @@ def run_and_report(argv: list[str] | None = None) -> int:
     """`main`, with an error that is meant for the user as one line instead of a traceback. Returns the exit status."""
     try:
         return main(argv)
-    except (ConfigError, data.DataError, checkpoint.CheckpointError) as error:
+    except (ConfigError, data.DataError, checkpoint.CheckpointError, output.OutputError) as error:
         problem, status = error, 2
     except TrainingError as error:
         problem, status = error, 3

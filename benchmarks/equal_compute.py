@@ -5,8 +5,9 @@
 
 A small BERT learns a generated language, or a text of yours, in this process and on one CPU thread, without DeepSpeed. Each arm
 trains for as many steps as the budget buys, with its own linear decay to zero. Two regimes: "scratch", and "trunk", where all
-arms of a seed continue from one dense model that was trained at a constant rate, on the same text or on another (--trunk-text). Dense training runs at 0.75 to 1.35 of the budget, so that
-each arm's loss can be read as operations that dense training needs for it: the compute multiplier.
+arms of a seed continue from one dense model that was trained at a constant rate, on the same text or on another
+(--trunk-text). Dense training runs at 0.75 to 1.35 of the budget, so that each arm's loss can be read as operations that dense
+training needs for it: the compute multiplier.
 
 An arm's name is its method and its dense_start, a share of its steps: random-0.2 drops random tokens after a dense first
 fifth; random-0.2-finish is dense in its last fifth as well. Two arms are dense training whose steps cost about a quarter less:

@@ -145,3 +145,22 @@ def test_wheel_holds_both_packages_and_no_top_level_kernels(tmp_path):
     tops = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert tops == {"sctd_ds", "sctd_kernels"}
     assert {"sctd_kernels/__init__.py", "sctd_ds/data/__init__.py", "sctd_ds/method/passes.py"} <= set(names)
+
+
+def test_no_model_folder_brings_code_that_runs():
+    """Without the argument, transformers asks on the terminal whether to run a folder's own code."""
+    calls = []
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), ROOT / "pretrain.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+                given = {word.arg: word.value for word in node.keywords}
+                calls.append(isinstance(given.get("trust_remote_code"), ast.Constant) and not given["trust_remote_code"].value)
+    assert len(calls) > 5 and all(calls)
+
+
+def test_no_pickle_is_executed():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), ROOT / "pretrain.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert given.get("weights_only") == "True", f"{path}:{node.lineno}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,8 @@ from sctd_ds.method.schedule import dense_phases, mean_cost
 from sctd_ds.run import models, report, settings
 from sctd_ds.run.probe import Probe
 from sctd_ds.run.settings import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -44,7 +48,10 @@ def be_deterministic() -> None:
 
 
 def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
-    """Built data, or raw text built once into data/cache: rank 0 works, the others wait. Raises DataError on every rank."""
+    """Built data, or raw text built once into data/cache: rank 0 works, the others wait. Raises DataError on every rank.
+
+    Every start reads all of the data once, to see that it is what was built.
+    """
     options = run.pretrain
 
     def build() -> str:
@@ -56,6 +63,9 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
             vocab_size=options.vocab_size,
             seq_length=options.seq_length,
         )
+        start = time.perf_counter()
+        size = sum(size for size, _ in data.load(path, seq_length=options.seq_length, verify=True).meta.files.values())
+        logger.info("%s: %.1f MB are as they were built (SHA-256, %.1f s)", path, size / 1e6, time.perf_counter() - start)
         return str(path)
 
     def load() -> data.PackedData:

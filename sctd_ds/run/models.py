@@ -148,7 +148,7 @@ def _read_config(name: str) -> transformers.PreTrainedConfig:
     path, there = Path(name), False
     try:
         there = path.exists()
-        return transformers.AutoConfig.from_pretrained(name, local_files_only=there)
+        return transformers.AutoConfig.from_pretrained(name, local_files_only=there, trust_remote_code=False)
     except (OSError, ValueError) as error:  # what transformers raises for missing, broken and unknown models
         reason = one_line(error)
     looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
@@ -212,6 +212,7 @@ def _load_trained(name: str) -> transformers.PreTrainedModel:
             name,
             dtype=torch.float32,
             local_files_only=Path(name).exists(),
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
         )

@@ -18,7 +18,7 @@ from sctd_ds.integrations.export import export
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 from sctd_ds.method.plan import kept_tokens
 from sctd_ds.method.schedule import dense_phases, mode_shares, modes
-from sctd_ds.run import metrics
+from sctd_ds.run import metrics, output
 from sctd_ds.run.environment import Environment, peak_flops, versions
 from sctd_ds.run.metrics import METRICS, Event, Record
 from sctd_ds.run.probe import HUGGING_FACE, Probe
@@ -141,7 +141,7 @@ def kept_share(run: RunConfig) -> float:
 
 
 def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe: Probe | None, folder: Path) -> None:
-    """Export the model, write the report and print it. Every rank calls."""
+    """Export the model, write the report and print it. Every rank calls. Raises OutputError for what cannot be written."""
     tokenizer = packed.tokenizer
     tokenizer.model_max_length = max(tokenizer.model_max_length, run.pretrain.seq_length)
     if dist.get_rank() > 0:
@@ -149,9 +149,12 @@ def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe:
         return
     records = metrics.read(folder / "metrics.jsonl")
     report = build(run, shape, probe, records, packed)
-    export(engine, folder / "model", tokenizer, card(report, run, packed.meta.sources))
-    (folder / "report.json").write_text(json.dumps(report.to_json(), indent=2), encoding="utf-8")
-    plot(report, records, folder / "report.png")
+    with output.errors(folder / "model"):
+        export(engine, folder / "model", tokenizer, card(report, run, packed.meta.sources))
+    with output.replacing(folder / "report.json") as partial:
+        partial.write_text(json.dumps(report.to_json(), indent=2), encoding="utf-8")
+    with output.replacing(folder / "report.png") as partial:
+        plot(report, records, partial)
     print(text(report, folder))
 
 
