@@ -9,10 +9,9 @@ import deepspeed
 import pytest
 from transformers import BertConfig
 
-import pretrain
 from helpers import ROOT
 from helpers.runs import settings, write_settings
-from sctd_ds import ConfigError, ScTDConfig, config, deepspeed_json
+from sctd_ds import ConfigError, ScTDConfig, config, deepspeed_json, pretrain
 from sctd_ds.engine import checkpoint, ranks
 from sctd_ds.run import job
 from sctd_ds.run import settings as settings_module

@@ -13,7 +13,8 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "sctd_ds"
 # Rooms of sctd_ds, each a module or a folder. A room imports itself and rooms above it, also inside functions.
-ROOMS = ["config", "adapters", "deepspeed_json", "method", "engine", "integrations", "data", "run", "eval", "doctor", "compare"]
+ROOMS = """config adapters deepspeed_json method engine integrations data run eval doctor compare
+pretrain __main__""".split()
 # What data and eval are allowed of these: data stands alone, and evaluation reads finished models.
 NEEDS = {"data": set(), "eval": {"config", "adapters", "method", "engine", "integrations", "data", "run"}}
 ENTRY = "__init__"  # the public names, made of everything

@@ -17,7 +17,6 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, DistilBertConfig, RobertaConfig, RobertaForMaskedLM
 
-import pretrain
 import sctd_ds
 from helpers import ROOT
 from helpers.launch import launch, launch_command, launch_environment
@@ -33,7 +32,7 @@ from helpers.runs import (
     write_settings,
 )
 from helpers.scenarios import run_scenarios, scenario
-from sctd_ds import data
+from sctd_ds import data, pretrain
 from sctd_ds.engine import checkpoint
 from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.integrations.export import read_importance

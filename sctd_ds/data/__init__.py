@@ -1,10 +1,11 @@
 """Data for masked-LM pretraining: text in, full rows on disk, deterministic micro-batches out.
 
-`sources` reads documents, `packed` packs them into rows, `batches` orders and masks the rows.
+`grammar` generates a language to learn from, `sources` reads documents, `packed` packs them into rows, `batches` orders and
+masks the rows.
 """
 
 from sctd_ds.data.batches import Loader, Masker, MicroBatch, validation_batches
-from sctd_ds.data.packed import Meta, PackedData, build, check_tokenizer, load, prepare
+from sctd_ds.data.packed import Meta, PackedData, build, check, check_tokenizer, load, prepare
 from sctd_ds.data.sources import DataError
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "MicroBatch",
     "PackedData",
     "build",
+    "check",
     "check_tokenizer",
     "load",
     "prepare",

@@ -34,6 +34,10 @@ FORMAT = 1
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ALPHABET = 1000  # a trained vocabulary spells this many characters, the most frequent ones; BERT's own trainer has this limit
 TOKENIZER_FILES = ("*token*.json", "vocab*", "merges*", "*.model")  # files of any type of tokenizer
+_HOW_TO_START = (
+    "`python -m sctd_ds.data build my.txt --out {}` builds a data set from your text; `--data python-docs` trains at once, on "
+    "English that Python contains"
+)
 BATCH_BYTES = 1 << 24  # of text or tokens processed at a time
 
 
@@ -99,8 +103,8 @@ def build(
 
     Args:
         sources: `.txt`, `.jsonl`, `.json` (each also `.gz`), `.parquet`, folders of them, a Hub data set
-            `owner/name[:config]` (its train split), or "python-docs[:2MB]", English text from the Python installation,
-            of at most that size.
+            `owner/name[:config]` (its train split), "python-docs[:2MB]", English text from the Python installation, of at
+            most that size, or "generated-language[:2MB]", about that much of a small generated language.
         out: the folder to write. It appears complete or not at all.
         tokenizer: folder or name of an existing tokenizer; None trains a WordPiece vocabulary on the text.
         vocab_size, lowercase: of a trained tokenizer. A small text gives a smaller vocabulary.
@@ -179,11 +183,8 @@ def load(path: str | Path, *, seq_length: int | None = None, verify: bool = Fals
 
     path = Path(path)
     meta = _read_meta(path)
-    if seq_length is not None and meta.seq_length != seq_length:
-        raise DataError(
-            f"{path}: built for seq_length {meta.seq_length}, but seq_length {seq_length} was requested; "
-            f"build it again with --seq-length {seq_length}, or train with {meta.seq_length}"
-        )
+    if seq_length is not None:
+        _check_length(path, meta, seq_length)
     for name, facts in meta.files.items():
         file = path / name
         if not file.is_file():
@@ -198,6 +199,36 @@ def load(path: str | Path, *, seq_length: int | None = None, verify: bool = Fals
         tokenizer=_load_tokenizer(str(path / "tokenizer")),
         meta=meta,
     )
+
+
+def check(spec: str | list[str], *, seq_length: int, rows: int = 1, tokenizer: str | None = None) -> None:
+    """DataError where `prepare` and training on what it returns would fail, as far as that shows in a moment.
+
+    Nothing is built, and no text is read; whether a Hub data set exists shows only when it is.
+
+    Args:
+        spec: as for `prepare`.
+        seq_length: tokens of the rows to train on.
+        rows: training rows that a built data set has to have, those of one step.
+        tokenizer: the one that raw text would be cut with.
+    """
+    sources = [spec] if isinstance(spec, str) else list(spec)
+    if built := _built(sources):
+        meta = _read_meta(built)
+        _check_length(built, meta, seq_length)
+        if meta.train_rows < rows:
+            raise DataError(
+                f"{built}: {meta.train_rows} training rows are fewer than one batch of {rows}: "
+                "add text, or lower train_batch_size or pretrain.seq_length"
+            )
+        return
+    for source in sources:
+        try:
+            identity(source)
+        except DataError as error:
+            raise DataError(f"{error}. {_HOW_TO_START.format(source)}" if not Path(source).exists() else str(error)) from None
+    if tokenizer:
+        _load_tokenizer(tokenizer)
 
 
 def check_tokenizer(packed: PackedData, name: str) -> None:
@@ -231,8 +262,8 @@ def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) 
         build_options: keyword arguments of `build`.
     """
     sources = [spec] if isinstance(spec, str) else list(spec)
-    if len(sources) == 1 and (Path(sources[0]) / META).is_file():
-        return Path(sources[0])
+    if built := _built(sources):
+        return built
     identities, options = [identity(source) for source in sources], dict(build_options)
     tokenizer = options.get("tokenizer")
     if tokenizer and Path(tokenizer).is_dir():  # its content identifies it; a model in the same folder does not matter
@@ -252,6 +283,12 @@ def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) 
                 shutil.rmtree(left_by_a_killed_build)
             build(sources, out, **build_options)
     return out
+
+
+def _built(sources: Sequence[str]) -> Path | None:
+    """The built data set that `sources` is; None for raw text."""
+    path = Path(sources[0])
+    return path if len(sources) == 1 and (path / META).is_file() else None
 
 
 # --- the steps of build ----------------------------------------------------------------------------------------------
@@ -576,3 +613,11 @@ def _read_meta(path: Path) -> Meta:
     if meta.format != FORMAT:
         raise DataError(f"{path}: format {meta.format}, but this version reads {FORMAT}; build the data set again")
     return meta
+
+
+def _check_length(path: Path, meta: Meta, seq_length: int) -> None:
+    if meta.seq_length != seq_length:
+        raise DataError(
+            f"{path}: built for seq_length {meta.seq_length}, but seq_length {seq_length} was requested; "
+            f"build it again with --seq-length {seq_length}, or train with {meta.seq_length}"
+        )

@@ -5,10 +5,12 @@ An error on one rank must not leave the others in a collective that never ends, 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import itertools
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +19,8 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed.distributed_c10d import _get_default_store
+
+from sctd_ds.engine import place
 
 T = TypeVar("T")
 
@@ -29,18 +33,35 @@ _calls = itertools.count()
 
 
 def init_distributed() -> None:
-    """deepspeed.init_distributed, if it has not run yet, on this rank's own device, and without the memory it leaves behind."""
-    deepspeed.init_distributed(verbose=False)
+    """deepspeed.init_distributed, if it has not run yet, on this rank's own device, whatever started the rank."""
+    place.find()
+    with _without_compiled_operator():
+        deepspeed.init_distributed(verbose=False)
     # DeepSpeed sets the device in its engine only; a collective before that would find every rank on the first device.
     if get_accelerator().device_name() != "cpu" and "LOCAL_RANK" in os.environ:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    release_shared_memory()
+
+
+@contextlib.contextmanager
+def _without_compiled_operator() -> Iterator[None]:
+    """Let DeepSpeed start without the operator that it otherwise compiles on a CPU first, for more than a minute.
+
+    Only its inference calls the operator, which reduces through shared memory; training reduces with gloo in any case.
+    """
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # the name deepspeed.comm.torch is torch itself
+    build = backend.build_shm_op
+    backend.build_shm_op = lambda: None
+    try:
+        yield
+    finally:
+        backend.build_shm_op = build
 
 
 def release_shared_memory() -> None:
     """Unlink DeepSpeed's shared memory, so that the system frees it with the last process. Every rank calls.
 
-    On a CPU each rank maps 66 MiB in /dev/shm, which DeepSpeed never unlinks: every run would take that memory for good.
+    Where DeepSpeed started itself on a CPU, each rank maps 66 MiB in /dev/shm, which DeepSpeed never unlinks: every run would
+    take that memory for good.
     """
     if get_accelerator().device_name() == "cpu":
         dist.barrier()  # all ranks have mapped it, so nobody needs its name any more

@@ -29,6 +29,12 @@ def load(
     return run
 
 
+def check_data(spec: str | list[str], run: RunConfig) -> None:
+    """DataError for data or a tokenizer that cannot be used, as far as that shows without building or reading the text."""
+    options = run.pretrain
+    data.check(spec, tokenizer=options.tokenizer or options.trained_model, seq_length=options.seq_length, rows=run.global_batch)
+
+
 def be_deterministic() -> None:
     """Choose kernels that add in one order only, so that a GPU repeats bit for bit. Call this before any matrix product."""
     import torch._inductor.config
@@ -57,12 +63,8 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
         )
 
     def load() -> data.PackedData:
-        packed = data.load(path, seq_length=options.seq_length)
-        if len(packed.train) < run.global_batch:
-            raise data.DataError(
-                f"{path}: {len(packed.train)} training rows are fewer than one batch of {run.global_batch}: "
-                "add text, or lower train_batch_size or pretrain.seq_length"
-            )
+        data.check(str(path), seq_length=options.seq_length, rows=run.global_batch)
+        packed = data.load(path)
         if options.trained_model:
             data.check_tokenizer(packed, options.trained_model)
         return packed

@@ -13,6 +13,15 @@ from sctd_ds.config import ConfigError
 _held: dict[Path, TextIO] = {}
 
 
+def check(folder: Path) -> None:
+    """Raise ConfigError where `hold` could not create or write the folder, without creating it."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise _unwritable(folder, f"{nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"{nearest} is not writable")
+
+
 def hold(folder: Path, create: bool = True) -> None:
     """Lock a run's folder for the life of this process, however it ends. Raises ConfigError where another process holds it.
 
@@ -26,7 +35,7 @@ def hold(folder: Path, create: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{folder}: the run cannot write there ({error}); choose another --output") from None
+        raise _unwritable(folder, error) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -38,3 +47,7 @@ def hold(folder: Path, create: bool = True) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     _held[path] = file
+
+
+def _unwritable(folder: Path, why: object) -> ConfigError:
+    return ConfigError(f"{folder}: the run cannot write there ({why}); choose another --output")
