@@ -27,7 +27,7 @@ from benchmarks.equal_compute_arms import Arm, Costs, Regime, Study
 from sctd_ds import ScTDConfig, data
 from sctd_ds.adapters.special_tokens import special_ids
 from sctd_ds.config import ConfigError
-from sctd_ds.data.grammar import Language
+from sctd_ds.eval.grammar import Language
 from sctd_ds.method.flops import Shape
 from sctd_ds.run.environment import commit, device_name, versions
 from sctd_ds.run.validation import validate

@@ -31,7 +31,7 @@ from sctd_ds.config import ConfigError, Method
 from sctd_ds.engine import checkpoint, place, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
-from sctd_ds.run import control, job, lock, models, probe, report
+from sctd_ds.run import control, job, lock, models, probe, report, samples
 from sctd_ds.run.metrics import Metrics
 from sctd_ds.run.settings import RunConfig, shipped
 from sctd_ds.run.validation import validate
@@ -179,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
         logger.info("%s from %s", "continuing" if found else "starting", origin)
 
     # Train
+    if rank == 0 and options.stages == 1 and engine.applied_steps == 0:
+        samples.remember(engine.module, packed, folder)
     with Metrics(
         folder,
         start=engine.applied_steps,

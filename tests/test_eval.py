@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from sctd_ds.data.grammar import Language
-from sctd_ds.data.grammar import main as write_grammar
 from sctd_ds.eval import EvalError, analysis, baseline, finetune, report, scores, sources, synthetic
 from sctd_ds.eval.__main__ import main
 from sctd_ds.eval.finetune import Limits
+from sctd_ds.eval.grammar import Language
+from sctd_ds.eval.grammar import main as write_grammar
 from sctd_ds.eval.store import Model
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 from sctd_ds.method import passes

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from sctd_ds.data.grammar import SPLITS, Language, be, main
+from sctd_ds.eval.grammar import SPLITS, Language, be, main
 
 
 @pytest.fixture(scope="module")

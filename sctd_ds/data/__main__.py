@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="SOURCE",
         help=".txt, .jsonl, .json (also .gz) or .parquet; a folder of them; a Hub data set owner/name[:config]; or "
-        "python-docs[:2MB], English text from the Python installation; or generated-language[:2MB], of a small vocabulary",
+        "python-docs[:2MB], English text from the Python installation",
     )
     make.add_argument("--out", type=Path, required=True, help="folder to write; it appears complete or not at all")
     make.add_argument(

@@ -34,6 +34,7 @@ FORMAT = 1
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ALPHABET = 1000  # a trained vocabulary spells this many characters, the most frequent ones; BERT's own trainer has this limit
 TOKENIZER_FILES = ("*token*.json", "vocab*", "merges*", "*.model")  # files of any type of tokenizer
+COUNTED = 20_000  # training rows that decide how frequent words are
 _HOW_TO_START = (
     "`python -m sctd_ds.data build my.txt --out {}` builds a data set from your text; `--data python-docs` trains at once, on "
     "English that Python contains"
@@ -103,8 +104,8 @@ def build(
 
     Args:
         sources: `.txt`, `.jsonl`, `.json` (each also `.gz`), `.parquet`, folders of them, a Hub data set
-            `owner/name[:config]` (its train split), "python-docs[:2MB]", English text from the Python installation, of at
-            most that size, or "generated-language[:2MB]", about that much of a small generated language.
+            `owner/name[:config]` (its train split), or "python-docs[:2MB]", English text from the Python installation,
+            of at most that size.
         out: the folder to write. It appears complete or not at all.
         tokenizer: folder or name of an existing tokenizer; None trains a WordPiece vocabulary on the text.
         vocab_size, lowercase: of a trained tokenizer. A small text gives a smaller vocabulary.
@@ -229,6 +230,25 @@ def check(spec: str | list[str], *, seq_length: int, rows: int = 1, tokenizer: s
             raise DataError(f"{error}. {_HOW_TO_START.format(source)}" if not Path(source).exists() else str(error)) from None
     if tokenizer:
         _load_tokenizer(tokenizer)
+
+
+def unigram_loss(packed: PackedData, validation_rows: int) -> float | None:
+    """Cross-entropy of the validation words under the frequencies of the training words, in nats per token.
+
+    This is the loss of a model that knows no more than how frequent words are. At most COUNTED training rows are counted,
+    evenly spread. None without validation rows.
+    """
+    if not len(packed.validation):
+        return None
+    step = -(-len(packed.train) // COUNTED)
+    train, validation = (
+        np.concatenate(rows.with_format("numpy")[:stop:every]["input_ids"], axis=None)
+        for rows, stop, every in ((packed.train, None, step), (packed.validation, validation_rows, None))
+    )
+    words = np.ones(len(packed.tokenizer), dtype=bool)
+    words[list(packed.tokenizer.all_special_ids)] = False
+    counts = (np.bincount(train, minlength=len(words)) + 1.0) * words  # plus one: a validation word may be new
+    return float(np.log(counts.sum()) - np.log(counts[validation[words[validation]]]).mean())
 
 
 def check_tokenizer(packed: PackedData, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Text sources: files, folders, the Hub, the Python installation itself, or a generator, each a stream of documents.
+"""Text sources: files, folders, the Hub, or the Python installation itself, each a stream of documents.
 
 A document is a block between blank lines of a `.txt` file, a record of `.jsonl`, `.json`,
 `.parquet` or a Hub data set, or all docstrings of one module for "python-docs". A long block of a
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import codecs
 import gzip
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -27,16 +26,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from sctd_ds.data import grammar
-
 BLOCK = 8192  # most characters of a document in text without records
 CHUNK = 1 << 20  # bytes read at a time
-GENERATED = 2_000_000  # bytes of generated text where its size is not given
 META = "meta.json"  # marks a folder as a built data set
 
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_AT_HAND = re.compile(r"(python-docs|generated-language)(?::(\d+(?:\.\d+)?)(KB|MB|GB))?", re.IGNORECASE)
+_PYTHON_DOCS = re.compile(r"python-docs(?::(\d+(?:\.\d+)?)(KB|MB|GB))?", re.IGNORECASE)
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 _RULER = re.compile(r"^[ \t]*([^\w\s])\1{2,}[ \t]*\n", re.MULTILINE)  # underlines of headings
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -63,10 +59,8 @@ def documents(source: str, text_column: str) -> Iterator[str]:
 
 def identity(source: str) -> list[str]:
     """Strings that change when the source does, without reading it: names, sizes and times of files, or versions."""
-    if match := _AT_HAND.fullmatch(source):
-        if match[1].lower() == "python-docs":
-            return [source, sys.version, importlib.metadata.version("torch")]
-        return [source, hashlib.sha256(Path(grammar.__file__).read_bytes()).hexdigest()]
+    if _PYTHON_DOCS.fullmatch(source):
+        return [source, sys.version, importlib.metadata.version("torch")]
     if _is_hub(source):
         return [source]
     stats = [(path.resolve(), _stat(path)) for path in _files(source)]
@@ -75,17 +69,15 @@ def identity(source: str) -> list[str]:
 
 def size(source: str) -> int:
     """Bytes on disk; 0 if unknown before reading."""
-    if _AT_HAND.fullmatch(source) or _is_hub(source):
+    if _PYTHON_DOCS.fullmatch(source) or _is_hub(source):
         return 0
     return sum(_stat(path).st_size for path in _files(source))
 
 
 def _open_source(source: str, text_column: str) -> Iterator[str]:
-    if match := _AT_HAND.fullmatch(source):
-        limit = int(float(match[2]) * _UNITS[match[3].upper()]) if match[2] else None
-        if match[1].lower() == "python-docs":
-            return _up_to(limit, _python_docs())
-        return _up_to(limit or GENERATED, _generated())
+    if match := _PYTHON_DOCS.fullmatch(source):
+        limit = int(float(match[1]) * _UNITS[match[2].upper()]) if match[1] else None
+        return _python_docs(limit)
     if _is_hub(source):
         return _hub(source, text_column)
     return (text for path in _files(source) for text in _reader(path)(path, text_column))
@@ -145,8 +137,7 @@ def _stat(path: Path) -> os.stat_result:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{path}: no such file or folder; give a path to text, 'python-docs', 'generated-language', or a Hub data set "
-            "'owner/name'"
+            f"{path}: no such file or folder; give a path to text, 'python-docs', or a Hub data set 'owner/name'"
         ) from None
     except OSError as error:
         raise _unreadable(path, error) from None
@@ -298,7 +289,7 @@ _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 }
 
 
-# --- the Hub, and what is at hand everywhere -------------------------------------------------------------------------
+# --- the Hub, and Python's own documentation -------------------------------------------------------------------------
 
 
 def _hub(source: str, text_column: str) -> Iterator[str]:
@@ -320,24 +311,8 @@ def _hub(source: str, text_column: str) -> Iterator[str]:
         ) from None
 
 
-def _up_to(limit: int | None, texts: Iterable[str]) -> Iterator[str]:
-    """The texts up to the one that reaches `limit` bytes of UTF-8."""
-    total = 0
-    for text in texts:
-        if limit is not None and total >= limit:
-            return
-        total += len(text.encode())
-        yield text
-
-
-def _generated() -> Iterator[str]:
-    """Endless documents of a language with an eighth of the usual lexicon, which a tiny model can learn in minutes."""
-    language = grammar.Language(nouns=30, verbs=20, adjectives=20, names=20)
-    return language.documents(sys.maxsize)
-
-
-def _python_docs() -> Iterator[str]:
-    """English text from the Python installation.
+def _python_docs(limit: int | None) -> Iterator[str]:
+    """English text from the Python installation, cut off after the document that reaches `limit` bytes of UTF-8.
 
     First the language reference (`pydoc_data.topics`), then the docstrings of the standard library,
     then those of torch. Modules are parsed, never imported; equal docstrings appear once.
@@ -351,8 +326,13 @@ def _python_docs() -> Iterator[str]:
     seen: set[str] = set()
     reference = (topics[name] for name in sorted(topics))
     docstrings = (_docstrings(path, seen) for path in modules)
+    total = 0
     for text in itertools.chain(reference, docstrings):
-        yield from cut(_RULER.sub("", text))
+        for piece in cut(_RULER.sub("", text)):
+            if limit is not None and total >= limit:
+                return
+            total += len(piece.encode())
+            yield piece
 
 
 def _sources(root: Path) -> list[Path]:

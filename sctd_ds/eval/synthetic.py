@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sctd_ds.data.grammar import KINDS, PAST_ADVERBS, PRESENT_ADVERBS, Event, Language, Phrase, Random, be, pick
+from sctd_ds.eval.grammar import KINDS, PAST_ADVERBS, PRESENT_ADVERBS, Event, Language, Phrase, Random, be, pick
 from sctd_ds.eval.tasks import PROBES, TASKS
 
 Row = dict[str, Any]

@@ -13,15 +13,16 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from sctd_ds.data import PackedData
+from sctd_ds.data import PackedData, unigram_loss
 from sctd_ds.integrations.export import export
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 from sctd_ds.method.plan import kept_tokens
 from sctd_ds.method.schedule import dense_phases, mode_shares, modes
-from sctd_ds.run import metrics
+from sctd_ds.run import metrics, samples
 from sctd_ds.run.environment import Environment, peak_flops, versions
 from sctd_ds.run.metrics import METRICS, Event, Record
 from sctd_ds.run.probe import HUGGING_FACE, Probe
+from sctd_ds.run.samples import Sample
 from sctd_ds.run.settings import RunConfig
 
 
@@ -45,6 +46,10 @@ class Report:
     """What decides whether losses of two runs compare: the data's fingerprint, its held-out rows, their length and masks."""
     validation_before: Record
     """That of a trained model, before the first step."""
+    unigram_loss: float | None
+    """Validation loss of a model that knows no more than how frequent words are; see `data.unigram_loss`."""
+    samples: list[Sample]
+    """Masked text, and the words of the model before and after training; none of a pipeline."""
     flops_saved: float
     flops_per_sequence: dict[str, float]
     """By mode."""
@@ -80,9 +85,14 @@ class Report:
 
 
 def build(
-    run: RunConfig, shape: Shape, probe: Probe | None, records: Sequence[Record] = (), packed: PackedData | None = None
+    run: RunConfig,
+    shape: Shape,
+    probe: Probe | None,
+    records: Sequence[Record] = (),
+    packed: PackedData | None = None,
+    read: Sequence[Sample] = (),
 ) -> Report:
-    """The report of a run with these records on this data; without any, what its settings and the probe say."""
+    """The report of a run with these records and samples on this data; without any, what its settings and the probe say."""
     train, validation = metrics.of("train", records), metrics.of("validation", records)
     device_type = get_accelerator().device_name()
     environment = Environment.collect(device_type)
@@ -100,6 +110,8 @@ def build(
         validation=validation[-1] if validation else {},
         validated_on=_validated_on(run, packed) if packed else {},
         validation_before=next((record for record in validation if record["step"] == 0), {}),
+        unigram_loss=unigram_loss(packed, run.pretrain.validation_rows) if packed else None,
+        samples=list(read),
         flops_saved=flops_saved(shape, run.sctd),
         flops_per_sequence=flops,
         kept_token_share=kept_share(run),
@@ -148,7 +160,8 @@ def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe:
         export(engine, folder / "model")
         return
     records = metrics.read(folder / "metrics.jsonl")
-    report = build(run, shape, probe, records, packed)
+    read = samples.read(engine.module, packed, folder) if run.pretrain.stages == 1 else []
+    report = build(run, shape, probe, records, packed, read)
     export(engine, folder / "model", tokenizer, card(report, run, packed.meta.sources))
     (folder / "report.json").write_text(json.dumps(report.to_json(), indent=2), encoding="utf-8")
     plot(report, records, folder / "report.png")
@@ -164,6 +177,9 @@ def text(report: Report, folder: Path) -> str:
         )
     if report.validation:
         lines.append(f"  validation       {metrics.text('validation', report.validation, report.validation_before)}")
+    if report.unigram_loss is not None and report.validation:
+        gain = report.unigram_loss - report.validation["loss_full"]
+        lines.append(f"  word frequencies loss {report.unigram_loss:.4f}, so the model has learned {gain:.2f} nats beyond them")
     lines += saving_lines(report)
     if report.samples_per_s:
         speed = f"{report.samples_per_s:,.1f} sequences/s, {report.tokens_per_s:,.0f} tokens/s"
@@ -171,6 +187,8 @@ def text(report: Report, folder: Path) -> str:
         lines.append(f"  speed            {speed}{share}")
     lines.append(f"  model            {folder / 'model'}   (AutoModelForMaskedLM.from_pretrained loads it)")
     lines.append(f"  details          {folder / 'report.json'}, {folder / 'report.png'}, {folder / 'metrics.jsonl'}")
+    for sample in report.samples:
+        lines.append("  masked text      " + str(sample).replace("\n", "\n" + " " * 19))
     return "\n".join(lines)
 
 

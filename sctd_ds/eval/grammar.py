@@ -1,6 +1,6 @@
 """A generated language: text to pretrain on, and labelled sentences, determined by a seed.
 
-    python -m sctd_ds.data.grammar --documents 20000 --out data/grammar.txt
+    python -m sctd_ds.eval.grammar --documents 20000 --out data/grammar.txt
 
 The words are invented, the syntax is a fragment of English. A model can learn:
 
@@ -344,7 +344,7 @@ def _words(generator: random.Random) -> Callable[[], str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write a text file with blank lines between documents, for `python -m sctd_ds.data build`."""
-    parser = argparse.ArgumentParser(prog="python -m sctd_ds.data.grammar", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m sctd_ds.eval.grammar", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--documents", type=int, default=20_000, help="number of documents (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the text (default: %(default)s)")
     parser.add_argument("--language", type=int, default=0, help="seed of the words (default: %(default)s)")
