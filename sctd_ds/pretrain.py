@@ -32,7 +32,7 @@ from sctd_ds.engine import checkpoint, place, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
 from sctd_ds.run import control, job, lock, models, probe, report, samples
-from sctd_ds.run.metrics import Metrics
+from sctd_ds.run.metrics import Metrics, take_monitor
 from sctd_ds.run.settings import RunConfig, shipped
 from sctd_ds.run.validation import validate
 
@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Place and log
     here = place.find()
+    launcher = os.getppid() if here.launched else None
     deepspeed_logger.setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     level = logging.INFO if here.rank == 0 else logging.ERROR
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     options = run.pretrain
     source = arguments.data or options.data
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
-    job.check_data(source, run)
+    job.check_files(source, run)
     if not (arguments.dry_run or arguments.write_control):
         lock.check(folder)
     for note in filter(None, (here.note, *run.notes)):
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         total=options.steps,
         every=options.log_every,
         keep=found is not None,
-        monitor=engine.monitor,
+        monitor=take_monitor(engine, settings),
         rank=rank,
     ) as metrics:
 
@@ -195,7 +196,9 @@ def main(argv: list[str] | None = None) -> int:
             metrics.flush()  # what is recorded of the checkpoint's steps must be on the disk before it
             checkpoint.save(engine, folder / "checkpoints", settings, loader.position, options.keep_last)
 
-        finished = train(engine, loader, run, metrics, evaluate=lambda: validate(engine, validation_batches()), save=save)
+        finished = train(
+            engine, loader, run, metrics, launcher, evaluate=lambda: validate(engine, validation_batches()), save=save
+        )
     if not finished:
         logger.info("stopped by a signal after step %d; the same command continues", engine.applied_steps)
         return 143
@@ -210,21 +213,24 @@ def train(
     loader: data.Loader,
     run: RunConfig,
     metrics: Metrics,
+    launcher: int | None,
     evaluate: Callable[[], dict[str, float]],
     save: Callable[[], None],
 ) -> bool:
-    """From the engine's step to the last; False if a signal stopped it early. The last step is saved in both cases."""
+    """From the engine's step to the last; False if a signal stopped it early. The last step is saved in both cases.
+
+    launcher: its process, whose end stops the run too; None: nobody but the user started this one.
+    """
     options, kept_share = run.pretrain, report.kept_share(run)
-    launcher = os.getppid()
     listen(engine)
     engine.train()
     if options.trained_model and engine.applied_steps == 0:
-        metrics.validation(0, evaluate(), loader.position)
+        metrics.validation(0, evaluate())
 
     while engine.applied_steps < options.steps:
         # Mode
         mode, rate = engine.step_mode, engine.get_lr()[0]
-        engine.stop_requested |= os.getppid() != launcher  # a launcher that is killed tells its children nothing
+        engine.stop_requested |= launcher not in (None, os.getppid())  # a launcher that is killed tells its children nothing
 
         # Forward, backward and update
         start = time.perf_counter()
@@ -251,11 +257,11 @@ def train(
                 "tokens_per_s": run.global_batch * options.seq_length / seconds,
                 "kept_token_share": 1.0 if mode == "dense" else kept_share,
             }
-            metrics.train(step, mode, values, loader.position)
+            metrics.train(step, mode, values)
 
         # Validate
         if last or (applied and is_due(step, options.validation_every)):
-            metrics.validation(step, evaluate(), loader.position)
+            metrics.validation(step, evaluate())
 
         # Save
         if last or engine.stop_agreed or (applied and is_due(step, options.save_every)):

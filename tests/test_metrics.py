@@ -35,8 +35,8 @@ class Monitor:
 def record(folder, monitor=None, *, steps=(1, 2), keep=False, rank=0, **values):
     with Metrics(folder, start=steps[0] - 1, total=steps[-1], every=2, keep=keep, monitor=monitor, rank=rank) as recorded:
         for step in steps:
-            recorded.train(step, "drop", {**VALUES, **values}, samples=8 * step)
-        recorded.validation(steps[-1], {"loss_full": 5.5}, samples=8 * steps[-1])
+            recorded.train(step, "drop", {**VALUES, **values})
+        recorded.validation(steps[-1], {"loss_full": 5.5})
     return metrics.read(folder / "metrics.jsonl")
 
 
@@ -48,7 +48,7 @@ def test_a_line_in_the_table_brings_a_metric_into_every_output(tmp_path, monkeyp
     with caplog.at_level("INFO"):
         records = record(tmp_path, monitor, heat=40.0)
     assert [r["heat"] for r in records if r["event"] == "train"] == [40.0, 40.0]
-    assert ("Train/heat", 40.0, 16) in monitor.events
+    assert ("Train/heat", 40.0, 2) in monitor.events
     assert "device heat 40.0 C" in caplog.text
     assert metrics.text("train", {"heat": 41.0}, {"heat": 39.5}) == "device heat 39.5 C -> 41.0 C"
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
@@ -67,8 +67,8 @@ def test_a_metric_without_a_line_is_refused_on_every_rank(tmp_path):
 def test_monitors_get_what_the_table_says_and_no_missing_value(tmp_path):
     monitor = Monitor()
     record(tmp_path, monitor, steps=(1,))
-    trained = [("Train/loss", 6.25, 8), ("Train/step_ms", 250.0, 8), ("Train/lr", 1e-3, 8)]
-    assert monitor.events == [*trained, ("Validation/loss_full", 5.5, 8)]
+    trained = [("Train/loss", 6.25, 1), ("Train/step_ms", 250.0, 1), ("Train/lr", 1e-3, 1)]
+    assert monitor.events == [*trained, ("Validation/loss_full", 5.5, 1)]
     monitor.enabled = False
     record(tmp_path, monitor, steps=(1,))
     assert len(monitor.events) == 4
@@ -76,9 +76,9 @@ def test_monitors_get_what_the_table_says_and_no_missing_value(tmp_path):
 
 def test_a_log_line_has_means_and_last_values(tmp_path, caplog):
     with caplog.at_level("INFO"), Metrics(tmp_path, start=0, total=10, every=2, keep=False, monitor=None, rank=0) as recorded:
-        recorded.train(1, "drop", {"loss": 6.0, "lr": 1e-3, "step_ms": 100.0}, samples=8)
+        recorded.train(1, "drop", {"loss": 6.0, "lr": 1e-3, "step_ms": 100.0})
         assert "step 1/10" not in caplog.text
-        recorded.train(2, "drop", {"loss": 5.0, "lr": 2e-3, "step_ms": 300.0}, samples=16)
+        recorded.train(2, "drop", {"loss": 5.0, "lr": 2e-3, "step_ms": 300.0})
     assert "step 2/10: loss 5.500, ms per step 200, lr 2.00e-03, about 0 min 01 s left" in caplog.text
 
 

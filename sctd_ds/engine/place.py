@@ -34,6 +34,8 @@ class Place:
     world: int
     local_rank: int
     """Among those of this machine."""
+    launched: bool
+    """Whether a launcher started it (`deepspeed`, torchrun, Accelerate), whose end is that of its processes."""
     note: str = ""
     """For the user: who numbered the processes and where they meet, if that was found out here."""
 
@@ -43,8 +45,8 @@ def find(environment: MutableMapping[str, str] = os.environ) -> Place:
 
     Raises ConfigError where rank 0 or the number of processes is not known, or a variable is not a number.
     """
-    note = ""
-    if not {"RANK", "WORLD_SIZE"} & environment.keys():
+    note, launched = "", bool({"RANK", "WORLD_SIZE"} & environment.keys())
+    if not launched:
         starter = next((name for name, (rank, *_) in NUMBERED_BY.items() if rank in environment), None)
         note = _take_over(starter, environment) if starter else ""
     world = _number(environment, "WORLD_SIZE", 1)
@@ -58,7 +60,7 @@ def find(environment: MutableMapping[str, str] = os.environ) -> Place:
             f"this is rank {rank} of {world}, and nothing says where rank 0 is: set MASTER_ADDR to its host and MASTER_PORT to "
             "a port that is free there (`mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 ...`)"
         )
-    return Place(rank, world, local_rank, note)
+    return Place(rank, world, local_rank, launched, note)
 
 
 def _take_over(starter: str, environment: MutableMapping[str, str]) -> str:

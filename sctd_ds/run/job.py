@@ -29,9 +29,11 @@ def load(
     return run
 
 
-def check_data(spec: str | list[str], run: RunConfig) -> None:
-    """DataError for data or a tokenizer that cannot be used, as far as that shows without building or reading the text."""
+def check_files(spec: str | list[str], run: RunConfig) -> None:
+    """DataError or ConfigError for data, a tokenizer or a model that cannot be used, as far as it shows in a moment: nothing is
+    built, and no text or weights are read."""
     options = run.pretrain
+    models.check_weights(options)
     data.check(spec, tokenizer=options.tokenizer or options.trained_model, seq_length=options.seq_length, rows=run.global_batch)
 
 

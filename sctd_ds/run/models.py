@@ -27,6 +27,8 @@ FIRST_POSITION = {"bert": "zero", "roberta": "after padding", "xlm-roberta": "af
 """Model types that pretrain.py trains, those with BERT's layers, whose operations `flops` counts; and the position id of a
 row's first token: 0, or pad_token_id + 1. `sctd_ds.initialize` takes more families."""
 
+WEIGHTS = ("*.safetensors", "*.bin")
+"""Files of a model folder."""
 VOCABULARY_MULTIPLE = 64
 """A new model's embedding gets a multiple of this many rows, which suits the matrix units; ids beyond the tokenizer's are
 never used."""
@@ -48,6 +50,13 @@ def check(run: RunConfig) -> None:
         check_stages(stages, model.num_hidden_layers)
     if run.pretrain.layer_norm == "apex":
         apex.require("normalization")
+
+
+def check_weights(pretrain: PretrainConfig) -> None:
+    """ConfigError for a folder to continue from that holds no weights. Nothing is loaded."""
+    name = pretrain.trained_model
+    if name and Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in WEIGHTS):
+        raise ConfigError(f'pretrain.model="{name}" has no weights: expected a file {" or ".join(WEIGHTS)} beside config.json')
 
 
 def model_config(pretrain: PretrainConfig) -> transformers.PreTrainedConfig:
