@@ -12,15 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import BertConfig, BertForMaskedLM
 
 import sctd_ds.__main__ as command
 from helpers import ROOT
 from helpers.launch import free_port, launch_environment
+from helpers.runs import settings as run_settings
 from helpers.runs import write_settings
 from sctd_ds import ConfigError, data, pretrain
 from sctd_ds.engine import place, ranks
-from sctd_ds.run import job, lock, metrics, probe, samples, settings
+from sctd_ds.method.flops import Shape
+from sctd_ds.run import job, lock, metrics, probe, report, samples, settings
 
 # Where a process finds out which of how many it is
 
@@ -318,6 +321,23 @@ def test_a_busy_machine_does_not_change_the_saving():
     """One round's dense step met another process; the ratio of every other round is right."""
     rounds = {"dense": [10.0, 90.0, 10.0], "drop": [7.0, 7.0, 7.0], "align": [12.0, 108.0, 12.0]}
     assert probe._relative_to_dense(10.0, rounds) == pytest.approx({"dense": 10.0, "drop": 7.0, "align": 12.0})
+
+
+def test_an_outlier_does_not_flatten_the_figure(tmp_path, monkeypatch):
+    """A spike of the loss, a stall of the machine and a gradient that is not finite, in a hundred steps."""
+    records = [
+        {"event": "train", "step": t, "mode": "drop", "loss": 5.0, "lr": 1e-3, "grad_norm": 1.0, "step_ms": 100.0}
+        for t in range(1, 101)
+    ]
+    records[50] |= {"loss": 500.0, "step_ms": 60_000.0, "grad_norm": float("inf")}
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    shape = Shape(layers=4, hidden=32, intermediate=64, vocabulary=300, length=32, labels=4)
+    report.plot(report.build(job.load(run_settings()), shape, None, records), records, tmp_path / "report.png")
+    panels = {panel.get_title(): panel for panel in figures[0].axes}
+    assert panels["Loss"].get_ylim()[1] < 10 and panels["Step time by mode"].get_ylim()[1] < 200
+    assert panels["Gradient norm before clipping"].get_ylim()[1] < 2
+    assert "loss, mean of 2 steps" in [line.get_label() for line in panels["Loss"].lines]
 
 
 # Monitors
