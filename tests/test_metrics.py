@@ -43,7 +43,7 @@ def record(folder, monitor=None, *, steps=(1, 2), keep=False, rank=0, **values):
     with recording(folder, start=steps[0] - 1, total=steps[-1], keep=keep, monitor=monitor, rank=rank) as recorded:
         for step in steps:
             recorded.train(step, "drop", {**VALUES, **values}, samples=8 * step)
-        recorded.validation(steps[-1], {"loss_full": 5.5}, samples=8 * steps[-1])
+        recorded.validation(steps[-1], {"loss_full": 5.5})
     return metrics.read(folder / "metrics.jsonl")
 
 
@@ -55,7 +55,7 @@ def test_a_line_in_the_table_brings_a_metric_into_every_output(tmp_path, monkeyp
     with caplog.at_level("INFO"):
         records = record(tmp_path, monitor, heat=40.0)
     assert [r["heat"] for r in records if r["event"] == "train"] == [40.0, 40.0]
-    assert ("Train/heat", 40.0, 16) in monitor.events
+    assert ("Train/heat", 40.0, 2) in monitor.events
     assert "device heat 40.0 C" in caplog.text
     assert metrics.text("train", {"heat": 41.0}, {"heat": 39.5}) == "device heat 39.5 C -> 41.0 C"
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
@@ -74,8 +74,8 @@ def test_a_metric_without_a_line_is_refused_on_every_rank(tmp_path):
 def test_monitors_get_what_the_table_says_and_no_missing_value(tmp_path):
     monitor = Monitor()
     record(tmp_path, monitor, steps=(1,))
-    trained = [("Train/loss", 6.25, 8), ("Train/step_ms", 250.0, 8), ("Train/lr", 1e-3, 8)]
-    assert monitor.events == [*trained, ("Validation/loss_full", 5.5, 8)]
+    trained = [("Train/loss", 6.25, 1), ("Train/step_ms", 250.0, 1), ("Train/lr", 1e-3, 1)]
+    assert monitor.events == [*trained, ("Validation/loss_full", 5.5, 1)]
     monitor.enabled = False
     record(tmp_path, monitor, steps=(1,))
     assert len(monitor.events) == 4
@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_error_with_the_file_and_a_remedy(tmp_path, write):
     message = r"metrics\.jsonl: No space left on device\. The checkpoints are intact: free space"
     with pytest.raises(OutputError, match=message), recorded:
         if write == "validation":
-            recorded.validation(1, {"loss_full": 5.5}, samples=8)
+            recorded.validation(1, {"loss_full": 5.5})
         for step in range(1, 1000 if write == "many" else 2):
             recorded.train(2 * step - 1, "drop", VALUES, samples=8)
         if write == "flush":
@@ -206,7 +206,8 @@ def test_report_json_keeps_its_keys(tmp_path):
     probe = Probe(step_ms={"dense": 4.0, "drop": 3.0, "align": 5.0}, bubble_share={"dense": 0.1})
     run = job.load(settings())
     written = json.loads(json.dumps(report.build(run, SHAPE, probe, record(tmp_path)).to_json()))
-    wanted = """name method steps loss trained_model validation validated_on validation_before flops_saved flops_per_sequence
+    wanted = """name method steps loss trained_model validation validated_on validation_before unigram_loss samples
+    flops_saved flops_per_sequence
     kept_token_share mode_shares dense_phases run_step_ms samples_per_s tokens_per_s time_saved
     time_saved_against_huggingface step_ms mfu
     peak_memory_bytes environment ranks stages micro_batches bubble_share global_batch seq_length probe"""

@@ -27,7 +27,6 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-import pretrain
 import sctd_ds
 from helpers import ROOT
 from helpers.launch import launch, launch_command, launch_environment
@@ -43,7 +42,7 @@ from helpers.runs import (
     write_settings,
 )
 from helpers.scenarios import run_scenarios, scenario
-from sctd_ds import data
+from sctd_ds import data, pretrain
 from sctd_ds.engine import checkpoint
 from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.eval.sources import EvalError

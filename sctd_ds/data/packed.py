@@ -36,6 +36,11 @@ FORMAT = 1
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ALPHABET = 1000  # a trained vocabulary spells this many characters, the most frequent ones; BERT's own trainer has this limit
 TOKENIZER_FILES = ("*token*.json", "vocab*", "merges*", "*.model")  # files of any type of tokenizer
+COUNTED = 20_000  # training rows that decide how frequent words are
+_HOW_TO_START = (
+    "`python -m sctd_ds.data build my.txt --out {}` builds a data set from your text; `--data python-docs` trains at once, on "
+    "English that Python contains"
+)
 BATCH_BYTES = 1 << 24  # of text or tokens processed at a time
 
 
@@ -173,11 +178,8 @@ def load(path: str | Path, *, seq_length: int | None = None, verify: bool = Fals
 
     path = Path(path)
     meta = _read_meta(path)
-    if seq_length is not None and meta.seq_length != seq_length:
-        raise DataError(
-            f"{path}: built for seq_length {meta.seq_length}, but seq_length {seq_length} was requested; "
-            f"build it again with --seq-length {seq_length}, or train with {meta.seq_length}"
-        )
+    if seq_length is not None:
+        _check_length(path, meta, seq_length)
     with ThreadPoolExecutor() as threads:  # one hashes less than a disk delivers
         list(threads.map(lambda name: _check_file(path, meta, name, verify), meta.files))
     return PackedData(
@@ -187,6 +189,55 @@ def load(path: str | Path, *, seq_length: int | None = None, verify: bool = Fals
         tokenizer=_load_tokenizer(str(path / "tokenizer")),
         meta=meta,
     )
+
+
+def check(spec: str | list[str], *, seq_length: int, rows: int = 1, tokenizer: str | None = None) -> None:
+    """DataError where `prepare` and training on what it returns would fail, as far as that shows in a moment.
+
+    Nothing is built, and no text is read; whether a Hub data set exists shows only when it is.
+
+    Args:
+        spec: as for `prepare`.
+        seq_length: tokens of the rows to train on.
+        rows: training rows that a built data set has to have, those of one step.
+        tokenizer: the one that raw text would be cut with.
+    """
+    sources = [spec] if isinstance(spec, str) else list(spec)
+    if built := _built(sources):
+        meta = _read_meta(built)
+        _check_length(built, meta, seq_length)
+        if meta.train_rows < rows:
+            raise DataError(
+                f"{built}: {meta.train_rows} training rows are fewer than one batch of {rows}: "
+                "add text, or lower train_batch_size or pretrain.seq_length"
+            )
+        return
+    for source in sources:
+        try:
+            identity(source)
+        except DataError as error:
+            raise DataError(f"{error}. {_HOW_TO_START.format(source)}" if not Path(source).exists() else str(error)) from None
+    if tokenizer:
+        _load_tokenizer(tokenizer)
+
+
+def unigram_loss(packed: PackedData, validation_rows: int) -> float | None:
+    """Cross-entropy of the validation words under the frequencies of the training words, in nats per token.
+
+    This is the loss of a model that knows no more than how frequent words are. At most COUNTED training rows are counted,
+    evenly spread. None without validation rows.
+    """
+    if not len(packed.validation):
+        return None
+    step = -(-len(packed.train) // COUNTED)
+    train, validation = (
+        np.concatenate(rows.with_format("numpy")[:stop:every]["input_ids"], axis=None)
+        for rows, stop, every in ((packed.train, None, step), (packed.validation, validation_rows, None))
+    )
+    words = np.ones(len(packed.tokenizer), dtype=bool)
+    words[list(packed.tokenizer.all_special_ids)] = False
+    counts = (np.bincount(train, minlength=len(words)) + 1.0) * words  # plus one: a validation word may be new
+    return float(np.log(counts.sum()) - np.log(counts[validation[words[validation]]]).mean())
 
 
 def check_tokenizer(packed: PackedData, name: str) -> None:
@@ -220,8 +271,8 @@ def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) 
         build_options: keyword arguments of `build`.
     """
     sources = [spec] if isinstance(spec, str) else list(spec)
-    if len(sources) == 1 and os.path.isfile(Path(sources[0]) / META):
-        return Path(sources[0])
+    if built := _built(sources):
+        return built
     identities, options = [identity(source) for source in sources], dict(build_options)
     tokenizer = options.get("tokenizer")
     if tokenizer and Path(tokenizer).is_dir():  # its content identifies it; a model in the same folder does not matter
@@ -239,6 +290,12 @@ def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) 
         if not (out / META).is_file():
             build(sources, out, **build_options)
     return out
+
+
+def _built(sources: Sequence[str]) -> Path | None:
+    """The built data set that `sources` is; None for raw text."""
+    path = Path(sources[0])
+    return path if len(sources) == 1 and os.path.isfile(path / META) else None
 
 
 # --- the steps of build ----------------------------------------------------------------------------------------------
@@ -620,3 +677,11 @@ def _read_meta(path: Path) -> Meta:
     if meta.format != FORMAT:
         raise DataError(f"{path}: format {meta.format}, but this version reads {FORMAT}; build the data set again")
     return meta
+
+
+def _check_length(path: Path, meta: Meta, seq_length: int) -> None:
+    if meta.seq_length != seq_length:
+        raise DataError(
+            f"{path}: built for seq_length {meta.seq_length}, but seq_length {seq_length} was requested; "
+            f"build it again with --seq-length {seq_length}, or train with {meta.seq_length}"
+        )

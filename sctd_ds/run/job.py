@@ -34,6 +34,14 @@ def load(
     return run
 
 
+def check_files(spec: str | list[str], run: RunConfig) -> None:
+    """DataError or ConfigError for data, a tokenizer or a model that cannot be used, as far as it shows in a moment: nothing is
+    built, and no text or weights are read."""
+    options = run.pretrain
+    models.check_weights(options)
+    data.check(spec, tokenizer=options.tokenizer or options.trained_model, seq_length=options.seq_length, rows=run.global_batch)
+
+
 def be_deterministic() -> None:
     """Choose kernels that add in one order only, so that a GPU repeats bit for bit. Call this before any matrix product."""
     import torch._inductor.config
@@ -74,12 +82,8 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
                 f"{path.absolute()} is not on {socket.gethostname()}, and every node needs the data: build them with "
                 "`python -m sctd_ds.data build` in a folder that all nodes share, or copy them there, and name it in --data"
             )
-        packed = data.load(path, seq_length=options.seq_length)
-        if len(packed.train) < run.global_batch:
-            raise data.DataError(
-                f"{path}: {len(packed.train)} training rows are fewer than one batch of {run.global_batch}: "
-                "add text, or lower train_batch_size or pretrain.seq_length"
-            )
+        data.check(str(path), seq_length=options.seq_length, rows=run.global_batch)
+        packed = data.load(path)
         if options.trained_model:
             data.check_tokenizer(packed, options.trained_model)
         return packed

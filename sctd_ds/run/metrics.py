@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 from tqdm import tqdm
@@ -155,8 +156,8 @@ class Metrics:
             logger.error("%s", error)  # beside the error that ends the run, and must not be hidden
 
     def train(self, step: int, mode: str, values: Mapping[str, Any], samples: int) -> None:
-        """Record one optimizer step. values: by metric. samples: rows that the whole run has seen, the monitors' x axis."""
-        self._record("train", {"step": step, "mode": mode}, values, samples)
+        """Record one optimizer step. values: by metric. samples: rows that the whole run has seen."""
+        self._record("train", {"step": step, "mode": mode}, values)
         if not self._active:
             return
         self._recent.append(dict(values))
@@ -171,9 +172,9 @@ class Metrics:
                 logger.info("step %d/%d: %s, about %s left", step, self._total, text("train", _over(self._recent)), left)
             self._recent.clear()
 
-    def validation(self, step: int, values: Mapping[str, Any], samples: int) -> None:
+    def validation(self, step: int, values: Mapping[str, Any]) -> None:
         """Record a validation. Arguments as in `train`."""
-        self._record("validation", {"step": step}, values, samples)
+        self._record("validation", {"step": step}, values)
         if not self._active:
             return
         self._flush()
@@ -218,7 +219,7 @@ class Metrics:
         else:
             self._bar.write(line, file=sys.stderr)
 
-    def _record(self, event: Event, head: Record, values: Mapping[str, Any], samples: int) -> None:
+    def _record(self, event: Event, head: Record, values: Mapping[str, Any]) -> None:
         known = METRICS[event]
         for name in values:
             if name not in {metric.name for metric in known}:
@@ -231,7 +232,27 @@ class Metrics:
         if self._monitor is not None and self._monitor.enabled:
             shown = [metric.name for metric in known if metric.monitored and record.get(metric.name) is not None]
             with output.errors("a monitor (tensorboard, wandb, csv_monitor)"):
-                self._monitor.write_events([(f"{event.title()}/{name}", record[name], samples) for name in shown])
+                self._monitor.write_events([(f"{event.title()}/{name}", record[name], head["step"]) for name in shown])
+
+
+def take_monitor(engine: Any, settings: Mapping[str, Any]) -> Any:
+    """DeepSpeed's monitors (TensorBoard, W&B, CSV), told the run's settings, for `Metrics` to write to.
+
+    settings: by dotted key. The engine itself writes no more to them: its x axis is samples where ours is steps, of which W&B
+    accepts one, and what it would write is in METRICS.
+    """
+    monitor, engine.monitor = engine.monitor, SimpleNamespace(enabled=False)
+    plain = {key: value if isinstance(value, (int, float, str)) else json.dumps(value) for key, value in settings.items()}
+    if monitor.tb_monitor is not None:
+        rows = "".join(f"| {key} | {value} |\n" for key, value in plain.items())
+        monitor.tb_monitor.summary_writer.add_text("settings", f"| key | value |\n|---|---|\n{rows}")
+    if monitor.wandb_monitor is not None:
+        import wandb
+
+        wandb.config.update(plain, allow_val_change=True)  # a run that W&B resumes has other values of what may change
+    if monitor.csv_monitor is not None:
+        Path(monitor.csv_monitor.log_dir, "settings.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    return monitor
 
 
 def read(path: Path) -> list[Record]:

@@ -51,6 +51,8 @@ SIZES = model_of(
 )
 """Keys of `pretrain.model` for a new model; the others of transformers.BertConfig are for decoders and other heads."""
 
+WEIGHTS = ("*.safetensors", "*.bin")
+"""Files of a model folder."""
 VOCABULARY_MULTIPLE = 64
 """A new model's embedding gets a multiple of this many rows, which suits the matrix units; ids beyond the tokenizer's are
 never used."""
@@ -73,6 +75,13 @@ def check(run: RunConfig) -> None:
         check_stages(stages, model.num_hidden_layers)
     if run.pretrain.layer_norm == "apex":
         apex.require("normalization")
+
+
+def check_weights(pretrain: PretrainConfig) -> None:
+    """ConfigError for a folder to continue from that holds no weights. Nothing is loaded."""
+    name = pretrain.trained_model
+    if name and Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in WEIGHTS):
+        raise ConfigError(f'pretrain.model="{name}" has no weights: expected a file {" or ".join(WEIGHTS)} beside config.json')
 
 
 def model_config(pretrain: PretrainConfig) -> transformers.PreTrainedConfig:

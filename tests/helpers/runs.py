@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import pretrain
+from sctd_ds import pretrain
 from sctd_ds.run import metrics
 
 STEPS, INTERVAL, EPOCH = 14, 4, 5
