@@ -13,10 +13,10 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-
 import sctd_ds
 from helpers.bert import small_bert
 from helpers.runs import write_settings
+from sctd_ds import pretrain
 from sctd_ds.engine import checkpoint, ranks, reader
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.store import Model
