@@ -163,7 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     repeats = 2 if arguments.dry_run else options.probe_steps
     measured = probe.measure(model, run, loader, repeats) if repeats else None
     loader.load_state_dict({"position": 0})
-    if arguments.dry_run and measured:
+    if arguments.dry_run:
+        assert measured is not None
         logger.info("dry run: everything fits. Nothing was written.\n%s", job.forecast(run, shape, measured))
         return 0
 

@@ -134,11 +134,14 @@ STARTS = {
     "nothing": (1, SCTD),
     "script": (1, f"{PYTHON} pretrain.py"),
     "deepspeed": (2, f"{DEEPSPEED} --num_gpus 2 --module sctd_ds pretrain"),
-    "hostfile": (2, f"{DEEPSPEED} --hostfile {{hosts}} --module sctd_ds pretrain"),
+    "hostfile": (
+        2,
+        f"{DEEPSPEED} --hostfile {{hosts}} --no_ssh --node_rank 0 --master_addr 127.0.0.1 --module sctd_ds pretrain",
+    ),
     "torchrun": (2, f"{PYTHON} -m torch.distributed.run --nproc_per_node 2 --master_port {{port}} -m sctd_ds pretrain"),
     "accelerate": (
         2,
-        f"{PYTHON} -m accelerate.commands.launch --cpu --num_machines 1 --num_processes 2 --main_process_port {{port}} "
+        f"{PYTHON} -m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2 --main_process_port {{port}} "
         "-m sctd_ds pretrain",
     ),
     "sbatch": (2, "bash examples/pretrain.sbatch"),
@@ -169,7 +172,7 @@ def started(small_data, tmp_path_factory):
         (folder / name).chmod(0o755)
 
     def start(how: str, *more: str) -> tuple[subprocess.CompletedProcess, Path]:
-        control = folder / f"{how}.json"
+        control = folder / f"{how}{len(more)}.json"
         words = shlex.split(STARTS[how][1].format(port=free_port(), hosts=folder / "hosts"))
         words += ["--deepspeed_config", str(config), "--write-control", str(control), *more]
         slurm = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": str(free_port())} if how == "sbatch" else {}
