@@ -70,13 +70,20 @@ def test_runs_that_do_not_compare_are_refused(runs, tmp_path, capsys):
         return capsys.readouterr().err
 
     report = json.loads((runs / "ours" / "report.json").read_text())
-    other, older = tmp_path / "other", tmp_path / "older"
-    for folder, change in ((other, {"validated_on": {**report["validated_on"], "rows": 99}}), (older, {"validated_on": {}})):
+    other, older, lost = tmp_path / "other", tmp_path / "older", tmp_path / "lost"
+    for folder, change in (
+        (other, {"validated_on": {**report["validated_on"], "rows": 99}}),
+        (older, {"validated_on": {}}),
+        (lost, {}),
+    ):
         folder.mkdir()
         (folder / "report.json").write_text(json.dumps({**report, **change}))
         (folder / "metrics.jsonl").write_text((runs / "ours" / "metrics.jsonl").read_text())
     assert "validated on different text (rows: 99 and " in refused(runs / "ours", other)
     assert "earlier version" in refused(runs / "ours", older)
+    lines = (lost / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (lost / "metrics.jsonl").write_text("".join([lines[0], *lines[2:]]))
+    assert "records of some steps are missing" in refused(runs / "ours", lost)
     assert "cannot be read" in refused(runs / "ours", tmp_path / "gone")
     assert "at least two runs" in refused(runs / "ours")
 

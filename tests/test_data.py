@@ -769,6 +769,19 @@ def test_position_counts_finished_steps(tokenizer):
     assert positions == [0, 0, 0, 12, 12, 12, 24]
 
 
+def test_the_rows_of_samples_are_those_of_the_steps_that_they_belong_to(tokenizer):
+    """Two ranks, two micro-batches a step, five rows: a step has eight samples, over two epochs and more."""
+    options = {"micro_batch": 2, "accumulation": 2, "world": 2, "seed": 3}
+    loaders = [Loader(make_rows(5), Masker(tokenizer, 0), rank=rank, **options) for rank in (0, 1)]
+    seen = []
+    for _ in range(2):
+        for loader in loaders:
+            next(loader)
+            seen += loader.sample_ids
+    assert loaders[0].position == 8 and loaders[0].rows_of(range(8)) == seen
+    assert [epoch for epoch, _ in seen] == [0] * 5 + [1] * 3
+
+
 def test_resume_far_away_costs_nothing(tokenizer):
     loader = make_loader(tokenizer, make_rows(10), start=10**15)
     next(loader)

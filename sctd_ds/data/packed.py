@@ -348,12 +348,14 @@ def _alone(out: Path) -> Iterator[None]:
             free = os.fstat(lock.fileno()).st_nlink > 0  # else it was the lock of a build that has just ended
         except BlockingIOError:
             free = False
+        except OSError as error:
+            raise DataError(f"{out}: its file system has no locks ({error.strerror}); choose another folder") from None
         if not free:
             raise DataError(f"{out}: another process is building it; wait for it, or choose another folder")
         try:
             yield
         finally:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
