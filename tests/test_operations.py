@@ -16,7 +16,7 @@ from helpers import ROOT
 from helpers.launch import free_port, launch_environment
 from sctd_ds.engine.operations import compiling
 
-LIMIT = 200
+LIMIT = 400
 """Seconds after which a process counts as hanging."""
 LOAD = """
 import sys

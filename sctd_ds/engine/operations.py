@@ -22,6 +22,9 @@ from torch.utils import cpp_extension
 
 logger = logging.getLogger(__name__)
 
+_COMPILERS = {"ninja", "cc1plus", "as", "collect2", "ld", "clang++", "nvcc", "cicc", "ptxas"}
+"""What goes on for a while in the folder of an operation after the process that compiles it was killed."""
+
 
 @contextmanager
 def compiling() -> Iterator[None]:
@@ -68,10 +71,10 @@ def _remove_stale(lock: Path) -> None:
 
 
 def _compiler(lock: Path) -> psutil.Process | None:
-    """The process that holds torch's lock file open, or the ninja that a killed one left at work in the same folder."""
+    """The process that holds torch's lock file open, or a compiler that a killed one left at work in the same folder."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # another user's, or ended meanwhile
-            orphan = process.name() == "ninja" and process.cwd() == str(lock.parent)
+            orphan = process.name() in _COMPILERS and process.cwd() == str(lock.parent)
             if orphan or any(file.path == str(lock) for file in process.open_files()):
                 return process
     return None
