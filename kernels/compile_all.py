@@ -26,7 +26,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: the interpret
 
 import torch
 import triton
-from sctd_kernels import cross_entropy, divergence, importance, routing, selection
+from sctd_kernels import backward, cross_entropy, divergence, importance, routing, selection
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -35,8 +35,11 @@ ARCHITECTURES = {80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory that one block may have."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
-WIDE = ("take_rows_kernel", "split_rows_kernel", "softmax_kl_kernel", "softmax_kl_backward_kernel", "cross_entropy_kernel")
-PIPELINED = ("cross_entropy_kernel",)
+PIPELINED = ("cross_entropy_kernel", "layer_norm_backward_kernel")
+WIDE = (
+    "take_rows_kernel", "split_rows_kernel", "softmax_kl_kernel", "softmax_kl_backward_kernel", "gelu_backward_kernel",
+    *PIPELINED,
+)  # fmt: skip
 TYPE_NAMES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -135,6 +138,13 @@ def launch_all() -> Iterator[str]:
             divergence.softmax_kl_backward(rows, x, x, kl_stats, True, False)
             yield f"{name} student"
             divergence.softmax_kl_backward(rows, x, x, kl_stats, False, True)
+        for D in powers(backward.MIN_BLOCK_D, backward.MAX_BLOCK_D):
+            x = floats(32, D, dtype=dtype, aligned=aligned)
+            yield name
+            backward.layer_norm_backward(x, x, torch.empty(D if aligned else D - 1, dtype=dtype), 1e-12)
+        x = floats(32, 4096, dtype=dtype, aligned=aligned)
+        yield name
+        backward.gelu_backward(x, x)
         if not aligned:
             yield f"{name} one class"
             cross_entropy.cross_entropy_forward(

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import deepspeed
 import pytest
+import sctd_kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -174,6 +175,20 @@ def test_untied_heads(family):
     model = build(family, tie_word_embeddings=False)
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     assert_as_expected(family, converted(model, "align"), rows(), "align")
+
+
+@by_name([*(family for family in HUGGING_FACE if family.name.startswith(("Bert", "Roberta"))), family_named("HelloDeepSpeed")])
+def test_one_pass_backward(family, monkeypatch):
+    monkeypatch.setattr(BertAdapter, "one_pass_backward", True)
+    called = []
+    for name in ("linear_gelu", "layer_norm"):
+        function = getattr(sctd_kernels, name)
+        monkeypatch.setattr(
+            sctd_kernels, name, lambda *given, name=name, function=function: called.append(name) or function(*given)
+        )
+    model = converted(build(family), "align")
+    assert_as_expected(family, model, rows(), "align")
+    assert called.count("layer_norm") == 2 * called.count("linear_gelu") > 2 * len(family.layers(model))
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])

@@ -5,6 +5,8 @@
     merge_tokens         put them back
     softmax_kl           KL(softmax(teacher) || softmax(student)) of every row
     token_cross_entropy  cross-entropy of every row
+    linear_gelu          GELU of a linear layer, with the bias's gradient from the backward pass of GELU
+    layer_norm           LayerNorm, with its parameters' gradients from the one pass of its backward
     record_losses        sum losses per vocabulary id, exactly
     update_scores        moving average of those losses
 
@@ -15,6 +17,8 @@ forces one. `sctd_kernels.reference` has the torch versions, which define what t
 from sctd_kernels import reference
 from sctd_kernels.api import (
     gather_tokens,
+    layer_norm,
+    linear_gelu,
     merge_tokens,
     record_losses,
     select_tokens,
@@ -25,6 +29,8 @@ from sctd_kernels.api import (
 
 __all__ = [
     "gather_tokens",
+    "layer_norm",
+    "linear_gelu",
     "merge_tokens",
     "record_losses",
     "reference",

@@ -17,7 +17,7 @@ from torch import Tensor
 from sctd_kernels import reference
 
 if importlib.util.find_spec("triton") is not None:
-    from sctd_kernels import cross_entropy, divergence, importance, routing, selection
+    from sctd_kernels import backward, cross_entropy, divergence, importance, routing, selection
     from sctd_kernels.launch import INTERPRETED
 
     HAS_TRITON = True
@@ -261,6 +261,64 @@ def token_cross_entropy(
         raise ValueError("overwrite_logits=True would overwrite a leaf tensor, a parameter perhaps: pass computed logits")
     overwrite = overwrite_logits and not torch.compiler.is_compiling()
     return cross_entropy.token_cross_entropy(logits, labels, ignore_index, overwrite)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """`gelu(x @ weight.T + bias)`, with the exact GELU. The Triton backward of GELU also sums the gradient of the bias.
+
+    Args:
+        x: `[..., D]` float32, float16 or bfloat16 (float64 too on the torch backend).
+        weight: `[N, D]`, as in `torch.nn.Linear`.
+        bias: `[N]`.
+
+    Returns:
+        `[..., N]`, dtype of x; under torch.autocast, autocast's. Differentiable in all three.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+
+    Example:
+        >>> linear_gelu(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([-3.0]))
+        tensor([[0.]])
+    """
+    triton = _use_triton(backend, x)
+    _expect_float("x", x, triton)
+    _expect_dim("weight", weight, "N, D")
+    if x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be [..., {weight.shape[1]}] to match weight, got {list(x.shape)}")
+    _expect_shape("bias", bias, weight.shape[:1], "one per row of weight")
+    _expect_device("x", x, weight=weight, bias=bias)
+    return backward.linear_gelu(x, weight, bias) if triton else reference.linear_gelu(x, weight, bias)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: Backend = "auto") -> Tensor:
+    """LayerNorm of the last dimension. The Triton backward reads x once, and sums the gradients of weight and bias with it.
+
+    Args:
+        x: `[..., D]` float32, float16 or bfloat16 (float64 too on the torch backend). Triton: D up to 4096.
+        weight, bias: `[D]`.
+        eps: what is added to the variance.
+
+    Returns:
+        Shape and dtype of x. Differentiable in all three.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+
+    Example:
+        >>> layer_norm(torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.zeros(2), eps=0.0)
+        tensor([[-1.,  1.]])
+    """
+    triton = _use_triton(backend, x)
+    _expect_float("x", x, triton)
+    if x.dim() < 2:
+        raise ValueError(f"x must be [..., D], got {list(x.shape)}")
+    if triton and x.shape[-1] > backward.MAX_BLOCK_D:
+        raise ValueError(f"x has rows of {x.shape[-1]}, the kernel takes up to {backward.MAX_BLOCK_D}: use backend='torch'")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        _expect_shape(name, parameter, x.shape[-1:], "like the last dimension of x")
+    _expect_device("x", x, weight=weight, bias=bias)
+    return backward.layer_norm(x, weight, bias, eps) if triton else reference.layer_norm(x, weight, bias, eps)
 
 
 def _expect_stats(stats: Tensor, vocabulary: int | None = None) -> None:

@@ -60,3 +60,11 @@ def update_scores(scores: Tensor, stats: Tensor, decay: float) -> None:
     total, count = stats
     updated = decay * scores.double() + (1 - decay) * total / count.clamp(min=1)
     scores.copy_(updated.float().where(count > 0, scores))
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

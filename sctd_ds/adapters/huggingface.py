@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, ClassVar
 
+import sctd_kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,6 +83,9 @@ class BertAdapter(HuggingFaceAdapter):
         "bert.encoder.layer.0.attention.output.LayerNorm",
         "cls.predictions.decoder",
     )
+    one_pass_backward: ClassVar[bool] = False
+    """Run GELU and LayerNorm through sctd_kernels' `linear_gelu` and `layer_norm`. A class variable of BertAdapter, for all
+    families with BERT's layers; set it before the first step. Off until a GPU has shown that it is faster."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -106,11 +110,28 @@ class BertAdapter(HuggingFaceAdapter):
             heads=attention.num_attention_heads,
             dropout=attention.dropout.p if attention.training else 0.0,
         )
-        attended = layer.attention.output(mixed, queries)
-        return layer.output(layer.intermediate(attended), attended)
+        attended = _add_and_norm(layer.attention.output, mixed, queries)
+        return _add_and_norm(layer.output, _widen(layer.intermediate, attended), attended)
 
     def head(self, states: Tensor) -> Tensor:
         return self._model.cls.predictions(states)
+
+
+def _widen(part: nn.Module, states: Tensor) -> Tensor:
+    """BertIntermediate: the feed-forward block's first product and its activation."""
+    gelu = getattr(part.intermediate_act_fn, "act", None) is F.gelu
+    if BertAdapter.one_pass_backward and gelu and type(part.dense) is nn.Linear:
+        return sctd_kernels.linear_gelu(states, part.dense.weight, part.dense.bias)
+    return part(states)
+
+
+def _add_and_norm(part: nn.Module, states: Tensor, residual: Tensor) -> Tensor:
+    """BertSelfOutput and BertOutput: product, dropout, sum and LayerNorm."""
+    norm = part.LayerNorm
+    if BertAdapter.one_pass_backward and type(norm) is nn.LayerNorm:
+        added = part.dropout(part.dense(states)) + residual
+        return sctd_kernels.layer_norm(added, norm.weight, norm.bias, norm.eps)
+    return part(states, residual)
 
 
 class BertPreTrainingAdapter(BertAdapter):

@@ -10,10 +10,13 @@ import torch
 from sctd_kernels import (
     __all__,
     api,
+    backward,
     cross_entropy,
     divergence,
     gather_tokens,
     importance,
+    layer_norm,
+    linear_gelu,
     merge_tokens,
     record_losses,
     routing,
@@ -45,6 +48,8 @@ def valid_arguments():
         "merge_tokens": {"x": random(B, S, D), "y": random(B, K, D), "kept": kept, "slot": slot},
         "softmax_kl": {"teacher": random(B, D), "student": random(B, D)},
         "token_cross_entropy": {"logits": random(B, V), "labels": labels},
+        "linear_gelu": {"x": random(B, S, D), "weight": random(V, D), "bias": random(V)},
+        "layer_norm": {"x": random(B, S, D), "weight": random(D), "bias": random(D), "eps": 1e-12},
         "record_losses": {"stats": stats, "labels": labels, "losses": random(B)},
         "update_scores": {"scores": random(V), "stats": stats, "decay": 0.9},
     }
@@ -104,6 +109,16 @@ BAD_ARGUMENTS = [
     ("token_cross_entropy", "labels", one_more, r"labels must be \[2\] one per row of logits, got \[3\]"),
     ("token_cross_entropy", "labels", torch.Tensor.float, "labels must be int64 or int32, got float32"),
     ("token_cross_entropy", "labels", elsewhere, "labels is on meta but logits is on"),
+    ("linear_gelu", "x", torch.Tensor.int, "x (is torch.int32|must be floating point)"),
+    ("linear_gelu", "x", lambda x: x[..., 1:], r"x must be \[..., 8\] to match weight, got \[2, 6, 7\]"),
+    ("linear_gelu", "weight", flat, r"weight must be \[N, D\], got \[88\]"),
+    ("linear_gelu", "bias", one_more, r"bias must be \[11\] one per row of weight, got \[12\]"),
+    ("linear_gelu", "bias", elsewhere, "bias is on meta but x is on"),
+    ("layer_norm", "x", flat, r"x must be \[..., D\], got \[96\]"),
+    ("layer_norm", "x", torch.Tensor.int, "x (is torch.int32|must be floating point)"),
+    ("layer_norm", "weight", one_more, r"weight must be \[8\] like the last dimension of x, got \[9\]"),
+    ("layer_norm", "bias", one_more, r"bias must be \[8\] like the last dimension of x, got \[9\]"),
+    ("layer_norm", "weight", elsewhere, "weight is on meta but x is on"),
     ("record_losses", "stats", torch.Tensor.float, "stats must be float64, got float32"),
     ("record_losses", "stats", flat, r"stats must be \[2, V\], got \[22\]"),
     ("record_losses", "stats", lambda x: x.T.contiguous().T, "stats must be contiguous"),
@@ -147,6 +162,13 @@ def test_too_long_a_row_for_the_kernel():
     with pytest.raises(ValueError, match="takes up to 8192: use backend='torch'"):
         select_tokens(random(V), ids, 2, backend="triton")
     assert select_tokens(random(V), ids, 2, backend="torch")[0].tolist() == [[0, 1]]
+
+
+def test_too_wide_a_row_for_the_kernel():
+    x = random(1, backward.MAX_BLOCK_D + 1)
+    with pytest.raises(ValueError, match="takes up to 4096: use backend='torch'"):
+        layer_norm(x, x[0], x[0], 1e-12, backend="triton")
+    assert layer_norm(x, x[0], x[0], 1e-12, backend="torch").shape == x.shape
 
 
 def test_examples_of_the_documentation():
@@ -204,6 +226,10 @@ OPERATORS = [
     "ce",
     "ce backward",
     "ce backward_",
+    "gelu",
+    "gelu backward",
+    "norm",
+    "norm backward",
     "record",
     "update",
 ]
@@ -232,6 +258,10 @@ def operators():
         "ce": (cross_entropy.cross_entropy_forward_op, (logits, labels.abs() % V, -100, False)),
         "ce backward": (cross_entropy.cross_entropy_backward_op, (rows, logits.detach(), labels, ce_stats, -100)),
         "ce backward_": (cross_entropy.cross_entropy_backward_op_, (rows, logits.detach(), labels, ce_stats, -100)),
+        "gelu": (backward.gelu_forward_op, (s, random(D, grad=True))),
+        "gelu backward": (backward.gelu_backward_op, (t.detach(), s.detach())),
+        "norm": (backward.layer_norm_forward_op, (s, random(D, grad=True), random(D, grad=True), 1e-12)),
+        "norm backward": (backward.layer_norm_backward_op, (t.detach(), s.detach(), random(D), 1e-12)),
         "record": (importance.record_losses, (stats, labels, rows, -100)),
         "update": (importance.update_scores, (random(V), stats + 1, 0.9)),
     }
@@ -251,10 +281,12 @@ def all_of_them(x, teacher, logits, scores, stats, ids, labels):
     y = torch.tanh(gather_tokens(x, kept, slot, backend="triton"))
     z = merge_tokens(x * 2, y, kept, slot, backend="triton")
     kl = softmax_kl(teacher, z[:, 0], backend="triton")
+    normed = layer_norm(z, teacher[0], teacher[1], 1e-5, backend="triton")
+    mixed = linear_gelu(normed, teacher, logits[0, :B], backend="triton")
     losses = token_cross_entropy(logits * 1, labels, overwrite_logits=True, backend="triton")
     record_losses(stats, labels, losses, backend="triton")
     update_scores(scores, stats, 0.9, backend="triton")
-    return (z.square().sum() + kl.sum() + losses.sum()).view(1)
+    return (z.square().sum() + kl.sum() + mixed.sum() + losses.sum()).view(1)
 
 
 def step(function):
@@ -310,8 +342,10 @@ def test_under_activation_checkpointing(use_reentrant):
             y = torch.tanh(gather_tokens(x, kept, slot, backend="triton"))
             z = merge_tokens(x * 2, y, kept, slot, backend="triton")
             kl = softmax_kl(teacher, z[:, 0], backend="triton")
+            normed = layer_norm(z, teacher[0], teacher[1], 1e-5, backend="triton")
+            mixed = linear_gelu(normed, teacher, logits[0, :B], backend="triton")
             losses = token_cross_entropy(logits * 1, labels, overwrite_logits=True, backend="triton")
-            return z.square().sum() + kl.sum() + losses.sum()
+            return z.square().sum() + kl.sum() + mixed.sum() + losses.sum()
 
         return checkpoint(block, x, teacher, logits, use_reentrant=use_reentrant).view(1)
 

@@ -10,6 +10,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 import sctd_ds
 from helpers.kernels import DEVICE
+from sctd_ds.adapters.huggingface import BertAdapter
+from sctd_ds.method.convert import state_of
 
 LENGTH, LABELS, ROWS, VOCABULARY = 12, 3, 4, 40
 
@@ -87,3 +89,23 @@ def test_overwritten_logits_change_nothing(accumulation, zero, gradient_checkpoi
     torch.testing.assert_close(scores, expected_scores, rtol=1e-5, atol=1e-6)
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected_weights[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_pass_backward_changes_nothing(compiled, monkeypatch):
+    """The Triton kernels of GELU and LayerNorm against the model's own modules."""
+    monkeypatch.setattr(sctd_kernels.api, "_use_triton", lambda backend, x: True)
+    runs = []
+    for one_pass in (True, False):
+        monkeypatch.setattr(BertAdapter, "one_pass_backward", one_pass)
+        converted = model()
+        if compiled and one_pass:
+            state_of(converted).encoder.compile(fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+        sctd_ds.set_mode(converted.train(), "align")
+        loss = converted(**{name: tensor.to(DEVICE) for name, tensor in next(batches()).items()}).loss
+        loss.backward()
+        runs.append((loss, {name: parameter.grad for name, parameter in converted.named_parameters()}))
+    (loss, gradients), (expected_loss, expected) = runs
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
