@@ -78,9 +78,10 @@ def markdown(rows: Sequence[Mapping[str, Any]], environment: Environment, note: 
         of_phase = [row for row in rows if row["phase"] == phase]
         if of_phase:
             parts.append(f"## {title[0].upper()}{title[1:]}")
-        for case, group in itertools.groupby(of_phase, itemgetter("model", "length", "batch", "dtype")):
-            (model, length, batch, dtype), of_case = case, list(group)
-            parts.append(f"**{model}, {length} tokens, {batch} rows, {dtype}**")
+        for case, group in itertools.groupby(of_phase, itemgetter("model", "length", "batch", "accumulation", "dtype")):
+            (model, length, batch, accumulation, dtype), of_case = case, list(group)
+            times = f" x {accumulation}" if phase == "engine" else ""
+            parts.append(f"**{model}, {length} tokens, {batch}{times} rows, {dtype}**")
             if not any(row.get("ms") for row in of_case):
                 parts[-1] += f": {of_case[0]['status']}"
                 continue
@@ -102,19 +103,20 @@ def rounded(value: Any) -> Any:
 
 
 def plot(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """One panel per case and phase: each variant's step time with its p20 and p80, and the time that its operations suggest."""
+    """One panel per table: each variant's step time with its p20 and p80, and the time that its operations suggest."""
     from matplotlib.figure import Figure
 
     measured = [row for row in rows if row.get("steps")]
-    panels = list(dict.fromkeys((row["phase"], row["model"], row["length"], row["batch"]) for row in measured))
+    panel_of = itemgetter("phase", "model", "length", "batch", "accumulation")
+    panels = list(dict.fromkeys(map(panel_of, measured)))
     if not panels:
         return
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(5.5 * across, 3.2 * down), layout="constrained")
     for axis, panel in zip(figure.subplots(down, across, squeeze=False).flat, panels, strict=False):
-        phase, model, length, batch = panel
-        chosen = [row for row in measured if (row["phase"], row["model"], row["length"], row["batch"]) == panel]
+        phase, model, length, batch, accumulation = panel
+        chosen = [row for row in measured if panel_of(row) == panel]
         names, ms = [row["variant"] for row in chosen], [row["ms"] for row in chosen]
         # A mean, as that of "spread", may lie outside of the percentiles.
         below = [max(0, row["ms"] - row["ms_p20"]) for row in chosen]
@@ -128,6 +130,8 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
             ideal = [time_of[row["against"]] * row["ideal_ratio"] for row in compared]
             axis.plot(ideal, [row["variant"] for row in compared], "|", color="tab:orange", ms=18, mew=2)
         axis.invert_yaxis()
-        axis.set(title=f"{model}, S={length}, B={batch}, {phase}", xlabel="ms per step", xlim=(0, 1.2 * max(ms)))
+        axis.set(
+            title=f"{model}, S={length}, B={batch} x {accumulation}, {phase}", xlabel="ms per step", xlim=(0, 1.2 * max(ms))
+        )
     figure.suptitle(f"{title}\norange: the dense step x ratio of operations; gray: untouched model", fontsize=9)
     figure.savefig(path, dpi=110)
