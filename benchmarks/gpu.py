@@ -195,12 +195,11 @@ def run(parts: Sequence[str], out: Path, sizes: Mapping[str, str], call_s: float
 
 def run_part(command: Sequence[str], log: Path, seconds: float) -> str:
     """Run one command for at most `seconds`; returns its result in words. Only its own process group is ever ended."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
             process_group=0,  # so that what a launcher has started ends with it and frees the device
