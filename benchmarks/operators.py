@@ -3,10 +3,10 @@
     python -m benchmarks.operators [--model large --length 512 --batch 64]
 
 Attention has the four shapes of a layer's queries and keys: S all tokens, K the kept ones, R those that the last layer reads.
-Every backend of torch's scaled_dot_product_attention is forced in turn, and "torch" chooses by itself. `dropped` is the share
-of attention weights that dropout really removes, and `scale` what it multiplies the others by. `error` is the relative error
-of the output and of all gradients against float32, without dropout. Results go to <out>/<device>/attention.csv and
-matrix_products.csv.
+Every backend of torch's scaled_dot_product_attention is forced in turn, and "torch" chooses by itself; `rule` is the order in
+which this project's adapters try them. `dropped` is the share of attention weights that dropout really removes, and `scale`
+what it multiplies the others by. `error` is the relative error of the output and of all gradients against float32, without
+dropout. Results go to <out>/<device>/attention.csv and matrix_products.csv.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import harness
 from benchmarks.harness import DEVICE, MEASURED, failure, has_failed
 from benchmarks.steps import DTYPES, MODELS, Case
+from sctd_ds.adapters.attention import backends
 from sctd_ds.method.plan import kept_tokens
 
 BACKENDS = {
@@ -68,6 +69,22 @@ class Attention:
     def how(self) -> str:
         parts = {f"dropout {self.dropout:g}": self.dropout, "masked": self.masked, "deterministic": self.deterministic}
         return ", ".join(name for name, on in parts.items() if on) or "plain"
+
+    def rule(self, dtype: torch.dtype) -> str:
+        """The backends that this project's adapters try, in order."""
+        names = backends(
+            batch=self.batch,
+            heads=self.heads,
+            queries=self.queries,
+            keys=self.keys,
+            head_size=self.head_size,
+            dtype=dtype,
+            masked=self.masked,
+            dropout=self.dropout,
+            deterministic=self.deterministic,
+            device=DEVICE,
+        )
+        return " ".join(names) or "torch"
 
     def inputs(self, dtype: torch.dtype) -> list[Tensor]:
         """Random query, key and value in the memory layout that a layer's projections give them."""
@@ -193,10 +210,12 @@ def attention_row(attention: Attention, backend: str, dtype: torch.dtype) -> dic
         "queries": attention.queries,
         "keys": attention.keys,
         "how": attention.how,
+        "rule": "",
         "backend": backend,
         **dict.fromkeys(("forward_us", "both_us", "forward_tflops", "both_tflops", "error", "dropped", "scale"), ""),
     }
     try:
+        row["rule"] = attention.rule(dtype)
         with kernels(attention, backend):
             row["error"] = error_of(attention, dtype)
             if attention.dropout:
@@ -245,7 +264,7 @@ def attention_line(rows: Sequence[Mapping[str, Any]]) -> str:
         if row["error"] != "" and row["error"] > 0:
             text += f" err {row['error']:.0e}"
         cells.append(f"{row['backend']} {text}")
-    return f"{rows[0]['shape']} {rows[0]['how']:26} " + " | ".join(cells)
+    return f"{rows[0]['shape']} {rows[0]['how']:26} " + " | ".join([*cells, f"rule: {rows[0]['rule']}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
