@@ -15,6 +15,7 @@ Logs and figures go to --out; `<out>/<part>/<device>/` is what belongs under ben
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -215,14 +216,13 @@ def run_part(command: Sequence[str], log: Path, seconds: float) -> str:
 
 def end_group(process: subprocess.Popen) -> None:
     """End what is left of a process group: as Ctrl-C does, so that a test ends its own launches, then for good."""
-    for number, seconds in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):  # nothing is left, or it does not listen
         try:
-            os.killpg(process.pid, number)
-            process.wait(seconds)
-        except ProcessLookupError:  # nothing is left
-            return
-        except subprocess.TimeoutExpired:
-            continue
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(GRACE_S)
+        finally:  # also after one more Ctrl-C
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def summary(parts: Sequence[str], ran: Sequence[str], out: Path) -> str:
@@ -241,14 +241,11 @@ def summary(parts: Sequence[str], ran: Sequence[str], out: Path) -> str:
 
 def chosen(names: Sequence[str] | None) -> list[str]:
     """Parts by name or by number, from 1; all for None. Raises SystemExit for one that does not exist."""
-    every = list(PARTS)
-    found = []
-    for name in names or every:
-        number = int(name) if name.isdecimal() else 0
-        if name not in PARTS and not 1 <= number <= len(every):
-            raise SystemExit(f'unknown part "{name}": expected a number up to {len(every)} or one of {", ".join(every)}')
-        found.append(name if name in PARTS else every[number - 1])
-    return found
+    by_number = {str(number): name for number, name in enumerate(PARTS, start=1)}
+    for name in names or ():
+        if name not in PARTS and name not in by_number:
+            raise SystemExit(f'unknown part "{name}": expected a number up to {len(PARTS)} or one of {", ".join(PARTS)}')
+    return [by_number.get(name, name) for name in names or PARTS]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -286,9 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = State(out / "state.json").results
     failed = [name for name in names if results.get(name, PASSED) != PASSED]
     left = [name for name in names if name not in results]
-    print(
-        f"{len(names) - len(failed) - len(left)} of {len(names)} passed" + (f"; look at {', '.join(failed)}" if failed else "")
-    )
+    passed = len(names) - len(failed) - len(left)
+    print(f"{passed} of {len(names)} passed" + (f"; look at {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
 
