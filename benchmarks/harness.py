@@ -2,6 +2,7 @@
 
 A graph keeps the host out of the figure. It cycles through several sets of inputs, so that the L2 cache cannot hold what the
 next call reads, and it is long enough for the cost of starting it to vanish. Host time is measured apart (`host_microseconds`).
+On a CPU, where commands are only rehearsed, a clock on the host times the calls.
 """
 
 import csv
@@ -9,6 +10,7 @@ import math
 import os
 import socket
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +28,23 @@ GRAPH_MICROSECONDS = 600.0
 MAX_CALLS = 128
 REPLAYS = 20
 HEAD_START = 2_000_000  # clock cycles, about a millisecond, for the host to launch what is then timed
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MEASURED = "measured"
+"""The status of a row whose figures are complete. Any other says why they are not."""
+
+
+def failure(error: Exception) -> str:
+    """The status of what `error` ended, in a line, with the traceback on stderr."""
+    traceback.print_exception(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "failed: out of memory"
+    first_line = (str(error).strip() or "no message").splitlines()[0]
+    return f"failed: {type(error).__name__}: {first_line[:120]}"
+
+
+def has_failed(status: str) -> bool:
+    """Whether a row's status tells of a failure, and not of something that this machine cannot measure."""
+    return "failed" in status
 
 
 def single_process() -> None:
@@ -47,12 +66,25 @@ class Timing:
     p80: float
 
 
-def time_calls(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> Timing:
-    """GPU time per call. What the calls differentiate must have been computed on `stream`."""
+def new_stream() -> torch.cuda.Stream | None:
+    """The stream on which to make and to time calls; None on a CPU."""
+    return torch.cuda.Stream() if DEVICE.type == "cuda" else None
+
+
+def time_calls(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream | None) -> Timing:
+    """Device time per call. What the calls differentiate must have been computed on `stream`."""
     with torch.cuda.stream(stream):
         for call in calls[:3] * 2:
             call()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    microseconds = _host_times(calls) if stream is None else _graph_times(calls, stream)
+    times = torch.tensor(microseconds, dtype=torch.float64)
+    return Timing(*(times.quantile(q).item() for q in (0.5, 0.2, 0.8)))
+
+
+def _graph_times(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> list[float]:
+    """Microseconds per call of each replay of a graph of many calls."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.stream(stream):
         # The device spins while the host launches: between the events it then never waits for the host.
         torch.cuda._sleep(10 * HEAD_START)
         start.record()
@@ -64,13 +96,11 @@ def time_calls(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) ->
     count = min(max(len(calls), math.ceil(GRAPH_MICROSECONDS / estimate)), MAX_CALLS)
 
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    times = []
-    with torch.cuda.stream(stream):
-        graph.capture_begin()
+    with torch.cuda.graph(graph, stream=stream):  # a call that fails ends the capture
         for i in range(count):
             calls[i % len(calls)]()
-        graph.capture_end()
+    times = []
+    with torch.cuda.stream(stream):
         for _ in range(REPLAYS + 3):
             torch.cuda._sleep(HEAD_START)
             start.record()
@@ -78,24 +108,35 @@ def time_calls(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) ->
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) * 1000 / count)
-    times = torch.tensor(times[3:], dtype=torch.float64)
-    return Timing(*(times.quantile(q).item() for q in (0.5, 0.2, 0.8)))
+    return times[3:]
+
+
+def _host_times(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """Microseconds of each call on the host."""
+    times = []
+    for call in calls:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
 
 
 def host_microseconds(call: Callable[[], Any], calls: int = 50) -> float:
     """Time that one call keeps the host busy, without waiting for the GPU."""
     call()
-    torch.cuda.synchronize()
+    synchronize()
     start = time.perf_counter()
     for _ in range(calls):
         call()
     elapsed = time.perf_counter() - start
-    torch.cuda.synchronize()
+    synchronize()
     return elapsed * 1e6 / calls
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Memory that a call needs at its peak, beyond what was allocated before."""
+    """Memory that a call needs at its peak, beyond what was allocated before; 0 on a CPU, which does not count it."""
+    if DEVICE.type == "cpu":
+        return 0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -105,16 +146,22 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def input_sets(bytes_per_call: int) -> int:
     """How many sets of inputs together exceed the cache."""
     return min(max(math.ceil(CACHE_BYTES / max(bytes_per_call, 1)), 1), 32)
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of the device copying 512 MiB within its own memory."""
-    source = torch.ones(2**29, dtype=torch.uint8, device="cuda")
+def copy_bandwidth(size: int = 2**29) -> float:
+    """Bytes per second, read and written, of the device copying `size` bytes within its own memory."""
+    source = torch.ones(size, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    timing = time_calls([lambda: target.copy_(source)], torch.cuda.Stream())
+    timing = time_calls([lambda: target.copy_(source)], new_stream())
     return 2 * source.numel() / timing.median * 1e6
 
 

@@ -3,7 +3,8 @@
 Every operator has a floor: the time to move the bytes that it must move, at the bandwidth with
 which the same card copies memory, measured in the same run. A time is printed only for an
 implementation whose outputs and gradients pass a check against the float64 reference on the
-same input. Without a GPU the table has bytes and floors, and states that nothing was measured.
+same input; one that fails gets a row that says so. Without a GPU the table has bytes and floors,
+and states that nothing was measured.
 
 The table shows S = 512; all rows go to `results/<device>/kernels.csv`, the shares of copy
 bandwidth at B=64, S=512, D=1024 to `kernels.png`. torch.compile needs seconds per shape, so it
@@ -13,6 +14,7 @@ zero the kept rows' gradient, which is right only together with its gather.
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,14 +28,34 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from benchmarks import harness
+from benchmarks.harness import DEVICE, failure, has_failed
 
 PROVIDERS = ("ours", "torch", "torch.compile", "random-LTD")
 MODES = ("forward", "backward", "both")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# A rehearsal on a CPU times the torch twin: Triton's interpreter would take minutes.
+BACKEND = "triton" if DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else "torch"
 ASSUMED_BANDWIDTH = 3.0e12  # bytes per second, for floors without a GPU: an H100's
 VOCABULARY = 30522
 LABELLED = 0.15  # of the tokens
-HEADLINE = {"B": 64, "S": 512, "D": 1024}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The shapes to measure: every length with every batch, width and dtype. The first of each is the headline's."""
+
+    lengths: tuple[int, ...]
+    batches: tuple[int, ...]
+    widths: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def headline(self) -> dict[str, int]:
+        return {"B": self.batches[0], "S": self.lengths[0], "D": self.widths[0]}
+
+
+FULL = Sweep((512, 128, 2048), (64, 16), (1024, 768), (torch.bfloat16, torch.float16))
+QUICK = Sweep((512,), (64,), (1024,), (torch.bfloat16,))
+REHEARSAL = Sweep((512,), (1,), (32,), (torch.bfloat16,))
 
 
 @dataclass(frozen=True)
@@ -66,13 +88,13 @@ def routing(B: int, S: int) -> tuple[Tensor, Tensor]:
     return sctd_kernels.select_tokens(torch.rand(VOCABULARY, device=DEVICE), ids, S // 2)
 
 
-def triton_backend(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *arguments: function(*arguments, backend="triton")
+def our_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: function(*arguments, backend=BACKEND)
 
 
 def providers(name: str, ltd: Callable[..., Any] | None = None) -> dict[str, Callable[..., Any]]:
     in_torch = getattr(reference, name)
-    found = {"ours": triton_backend(getattr(sctd_kernels, name)), "torch": in_torch, "torch.compile": in_torch}
+    found = {"ours": our_kernel(getattr(sctd_kernels, name)), "torch": in_torch, "torch.compile": in_torch}
     return found if ltd is None else {**found, "random-LTD": ltd}
 
 
@@ -191,15 +213,13 @@ def index_cases(B: int, S: int) -> Iterator[Case]:
     )
 
 
-def cases(quick: bool, random_ltd: Any) -> Iterator[Case]:
-    lengths, batches, widths = ((512,), (64,), (1024,)) if quick else ((512, 128, 2048), (64, 16), (1024, 768))
-    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16)
-    for S, B in itertools.product(lengths, batches):
+def cases(sweep: Sweep, random_ltd: Any) -> Iterator[Case]:
+    for S, B in itertools.product(sweep.lengths, sweep.batches):
         yield from index_cases(B, S)
-        for dtype in dtypes:
+        for dtype in sweep.dtypes:
             if S == 512:
                 yield from vocabulary_cases(B, S, dtype)
-            for D in widths:
+            for D in sweep.widths:
                 yield from sequence_cases(B, S, D, dtype, random_ltd)
 
 
@@ -265,30 +285,17 @@ def calls_of(case: Case, function: Callable[..., Any], sets: Sequence[Sequence[A
 
 def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
     """A row for each provider and mode."""
-    torch.manual_seed(0)
-    stream = torch.cuda.Stream()
     moved = dict(case.moved)
     if case.arguments:
         moved["both"] = sum(case.moved.values())
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        sets = [case.inputs() for _ in range(harness.input_sets(case.moved["forward"]))]
-        upstream = None
-        if case.arguments:
-            output = case.providers["torch"](*sets[0])
-            upstream = torch.randn(output.shape, device=DEVICE).to(output.dtype)
-            del output
     for provider, function in case.providers.items():
         if provider == "torch.compile":
             if case.shape.get("S", 512) != 512:
                 continue
             torch._dynamo.reset()
             function = torch.compile(function, fullgraph=True, dynamic=False)
-        with torch.cuda.stream(stream):
-            complaints, error = check(case, function, sets[0], upstream)
-        for mode in moved:
-            complaint = complaints[0] if mode == "forward" else "".join(complaints)
-            row = {
+        rows = [
+            {
                 "op": case.op,
                 **{key: case.shape.get(key, "") for key in ("B", "S", "D", "N", "V")},
                 "dtype": str(case.dtype).removeprefix("torch."),
@@ -302,15 +309,41 @@ def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
                 "share_of_copy": "",
                 "host_microseconds": "",
                 "peak_MiB": "",
-                "relative_error": f"{error:.2e}",
-                "check": complaint or "passed",
+                "relative_error": "",
+                "check": "",
             }
-            if not complaint:
-                with torch.cuda.stream(stream):
-                    calls = calls_of(case, function, sets, upstream, mode)
-                row |= figures(calls, stream, moved[mode], bandwidth, with_host=mode == "forward")
-                del calls
-            yield row
+            for mode in moved
+        ]
+        try:
+            fill(rows, case, function, bandwidth)
+        except Exception as error:  # whatever it is, the other figures are worth having
+            status = failure(error)
+            for row in rows:
+                row["check"] = row["check"] or status
+        yield from rows
+
+
+def fill(rows: Sequence[dict[str, Any]], case: Case, function: Callable[..., Any], bandwidth: float) -> None:
+    """Check one implementation and measure it: a row for each mode."""
+    torch.manual_seed(0)
+    stream = harness.new_stream()
+    harness.synchronize()
+    with torch.cuda.stream(stream):
+        sets = [case.inputs() for _ in range(harness.input_sets(case.moved["forward"]))]
+        upstream = None
+        if case.arguments:
+            output = case.providers["torch"](*sets[0])
+            upstream = torch.randn(output.shape, device=DEVICE).to(output.dtype)
+            del output
+        complaints, error = check(case, function, sets[0], upstream)
+    for row in rows:
+        complaint = complaints[0] if row["mode"] == "forward" else "".join(complaints)
+        if not complaint:
+            with torch.cuda.stream(stream):
+                calls = calls_of(case, function, sets, upstream, row["mode"])
+            row |= figures(calls, stream, row["bytes"], bandwidth, with_host=row["mode"] == "forward")
+            del calls
+        row |= {"relative_error": f"{error:.2e}", "check": complaint or "passed"}
 
 
 def figures(calls: Sequence[Callable], stream: Any, moved: int, bandwidth: float, with_host: bool) -> dict[str, Any]:
@@ -340,7 +373,7 @@ def table_lines(case: Case, rows: Sequence[dict[str, Any]], modes: Sequence[str]
             if row["mode"] != mode:
                 continue
             if row["check"] != "passed":
-                cells.append(f"{row['provider']} REFUSED: {row['check']}")
+                cells.append(f"{row['provider']} {'' if has_failed(row['check']) else 'REFUSED: '}{row['check']}")
             elif row["provider"] == "ours":
                 ours = row["microseconds"]
                 host = f", host {row['host_microseconds']} us" if row["host_microseconds"] != "" else ""
@@ -352,15 +385,16 @@ def table_lines(case: Case, rows: Sequence[dict[str, Any]], modes: Sequence[str]
             yield f"{case.name} {mode:8} " + " | ".join(cells)
 
 
-def plot(path: Path, rows: Sequence[dict[str, Any]], environment: harness.Environment) -> None:
-    """Share of copy bandwidth at the headline shape, in bfloat16."""
+def plot(path: Path, rows: Sequence[dict[str, Any]], environment: harness.Environment, headline: dict[str, int]) -> None:
+    """Share of copy bandwidth at one shape, in bfloat16."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     def is_shown(row: dict[str, Any]) -> bool:
-        has_shape = all(row[key] == size for key, size in HEADLINE.items()) or row["N"] == round(64 * 512 * LABELLED)
+        labelled = round(headline["B"] * headline["S"] * LABELLED)
+        has_shape = all(row[key] == size for key, size in headline.items()) or row["N"] == labelled
         return has_shape and row["dtype"] == "bfloat16" and row["check"] == "passed" and row["mode"] != "both"
 
     chosen = [row for row in rows if is_shown(row)]
@@ -374,7 +408,8 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], environment: harness.Enviro
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel("necessary bytes per second, as a share of copy bandwidth")
-    axes.set_title(f"B=64, S=512, D=1024, bfloat16 — {environment.device}, torch {environment.torch}, {environment.commit}")
+    shape = ", ".join(f"{key}={size}" for key, size in headline.items())
+    axes.set_title(f"{shape}, bfloat16 — {environment.device}, torch {environment.torch}, {environment.commit}")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -394,47 +429,61 @@ def load_random_ltd() -> Any:
     return None
 
 
-def print_floors(quick: bool) -> None:
+def print_floors(sweep: Sweep) -> None:
     print(f"No CUDA device: necessary bytes, and their time at {ASSUMED_BANDWIDTH / 1e12:.1f} TB/s (about an H100)")
-    for case in cases(quick, None):
+    for case in cases(sweep, None):
         if case.shape.get("S", 512) == 512:
             for mode, moved in case.moved.items():
                 floor = moved / ASSUMED_BANDWIDTH * 1e6
                 print(f"{case.name} {mode:8} {moved / 1e6:9.2f} MB  floor {floor:7.1f} us  not measured")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="only B=64, S=512, D=1024 in bfloat16")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for <device>/kernels.csv and .png")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print_floors(options.quick)
-        return 0
-
+def run(sweep: Sweep, folder: Path, modes: Sequence[str]) -> list[dict[str, Any]]:
+    """Measure every case and print it; the CSV is written after each."""
     functorch_config.donated_buffer = False  # allows repeated calls of a compiled backward
     environment = harness.Environment.collect()
-    bandwidth = harness.copy_bandwidth()
+    bandwidth = harness.copy_bandwidth(2**20 if sweep is REHEARSAL else 2**29)
     print(
         f"{environment.device}, copy {bandwidth / 1e12:.2f} TB/s, torch {environment.torch}, triton {environment.triton},"
         f" commit {environment.commit}\nours: us per call, share of copy bandwidth | others: us, times ours"
     )
+    folder /= environment.folder_name
     rows: list[dict[str, Any]] = []
-    refused = 0
-    for case in cases(options.quick, load_random_ltd()):
+    for case in cases(sweep, load_random_ltd()):
         measured = list(measure(case, bandwidth))
         rows += [{**row, "copy_GB_per_s": round(bandwidth / 1e9, 1)} for row in measured]
-        refused += any(row["provider"] == "ours" and row["check"] != "passed" for row in measured)
         if case.shape.get("S", 512) == 512:
-            print("\n".join(table_lines(case, measured, MODES if options.quick else MODES[:2])), flush=True)
+            print("\n".join(table_lines(case, measured, modes)), flush=True)
+        harness.write_csv(folder / "kernels.csv", rows, environment)
         torch.cuda.empty_cache()
-    folder = options.output / environment.folder_name
-    harness.write_csv(folder / "kernels.csv", rows, environment)
-    plot(folder / "kernels.png", rows, environment)
+    plot(folder / "kernels.png", rows, environment, sweep.headline)
     print(f"{len(rows)} rows in {folder / 'kernels.csv'}")
-    if refused:
-        print(f"our kernels failed their check in {refused} cases, for which no time is printed", file=sys.stderr)
-    return 1 if refused else 0
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="only B=64, S=512, D=1024 in bfloat16")
+    size.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="one tiny shape, to see that everything runs: on a CPU with our kernels' torch twins; the times mean nothing",
+    )
+    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for <device>/kernels.csv and .png")
+    options = parser.parse_args(arguments)
+    sweep = QUICK if options.quick else REHEARSAL if options.rehearse else FULL
+    if DEVICE.type == "cpu" and not options.rehearse:
+        print_floors(sweep)
+        return 0
+    rows = run(sweep, options.output, MODES if options.quick else MODES[:2])
+    wrong = {row["op"] for row in rows if row["provider"] == "ours" and row["check"] != "passed"}
+    failed = {f"{row['provider']} {row['op']}" for row in rows if has_failed(row["check"])}
+    if wrong:
+        print(f"our kernels failed their check, so no time is printed: {', '.join(sorted(wrong))}", file=sys.stderr)
+    if failed:
+        print(f"no figure: {', '.join(sorted(failed))}", file=sys.stderr)
+    return 1 if wrong or failed else 0
 
 
 if __name__ == "__main__":

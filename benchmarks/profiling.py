@@ -45,7 +45,8 @@ class Breakdown:
         lines = [f"{self.wall:.2f} ms a step under the profiler"]
         for name, ms in [*sorted(self.categories.items(), key=lambda item: -item[1]), (GAPS, self.gaps)]:
             lines.append(f"  {name:<36}{ms:>9.3f} ms {ms / self.wall:>7.1%}")
-        lines.append(f"  the {min(top, len(self.kernels))} longest kernels: ms and launches per step")
+        if top:
+            lines.append(f"  the {min(top, len(self.kernels))} longest kernels: ms and launches per step")
         lines += [f"  {ms:>9.3f} {count:>7.1f}  {name[:110]}" for name, ms, count in self.kernels[:top]]
         return "\n".join(lines)
 

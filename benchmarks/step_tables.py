@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,23 @@ PACKAGES = ("deepspeed", "transformers")
 PHASES = {"bare": "forward and backward of one micro-batch", "engine": "whole optimizer step (ZeRO-2, AdamW)"}
 LEGEND = """\
 Times are medians of interleaved steps, p20 and p80 their spread. ratio: time over that of the matching dense step (with the
-whole last layer where a step has it; untouched Hugging Face for random-LTD). ideal: the ratio of their operations. reached:
-measured saving over ideal saving. x HF: speed over untouched Hugging Face's."""
-COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "variant": ("variant", str),
-    "ms": ("ms", "{:.1f}".format),
-    "ms_p20": ("p20", "{:.1f}".format),
-    "ms_p80": ("p80", "{:.1f}".format),
-    "sequences_per_s": ("seq/s", "{:.1f}".format),
-    "tokens_per_s": ("tokens/s", "{:,.0f}".format),
-    "model_tflops": ("TFLOP/s", "{:.3g}".format),
-    "mfu": ("MFU", "{:.1%}".format),
-    "ratio": ("ratio", "{:.3f}".format),
-    "ideal_ratio": ("ideal", "{:.3f}".format),
-    "saving_reached": ("reached", "{:.1%}".format),
-    "speed_against_huggingface": ("x HF", "{:.2f}".format),
-    "peak_gib": ("GiB", "{:.1f}".format),
-    "first_step_s": ("first s", "{:.1f}".format),
+whole last layer where a step has it; untouched Hugging Face for random-LTD; the compiled drop step for the eager one). ideal:
+the ratio of their operations. reached: measured saving over ideal saving. x HF: speed over untouched Hugging Face's."""
+COLUMNS: dict[str, tuple[str, str]] = {
+    "variant": ("variant", ""),
+    "ms": ("ms", ".1f"),
+    "ms_p20": ("p20", ".1f"),
+    "ms_p80": ("p80", ".1f"),
+    "sequences_per_s": ("seq/s", ".1f"),
+    "tokens_per_s": ("tokens/s", ",.0f"),
+    "model_tflops": ("TFLOP/s", ".3g"),
+    "mfu": ("MFU", ".1%"),
+    "ratio": ("ratio", ".3f"),
+    "ideal_ratio": ("ideal", ".3f"),
+    "saving_reached": ("reached", ".1%"),
+    "speed_against_huggingface": ("x HF", ".2f"),
+    "peak_gib": ("GiB", ".1f"),
+    "first_step_s": ("first s", ".1f"),
 }
 """Column of the CSV -> heading and format in printed tables, where a row without times shows its status."""
 
@@ -44,7 +44,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     shown = {key: column for key, column in COLUMNS.items() if key == "ms" or any(row.get(key) is not None for row in rows)}
     lines = [[heading for heading, _ in shown.values()]]
     for row in rows:
-        line = ["" if row.get(key) is None else text(row[key]) for key, (_, text) in shown.items()]
+        line = ["" if row.get(key) is None else format(row[key], spec) for key, (_, spec) in shown.items()]
         if row.get("ms") is None:
             line[1] = row["status"]
         lines.append(line)
@@ -78,9 +78,10 @@ def markdown(rows: Sequence[Mapping[str, Any]], environment: Environment, note: 
         of_phase = [row for row in rows if row["phase"] == phase]
         if of_phase:
             parts.append(f"## {title[0].upper()}{title[1:]}")
-        for case, group in itertools.groupby(of_phase, itemgetter("model", "length", "batch", "dtype")):
-            (model, length, batch, dtype), of_case = case, list(group)
-            parts.append(f"**{model}, {length} tokens, {batch} rows, {dtype}**")
+        for case, group in itertools.groupby(of_phase, itemgetter("model", "length", "batch", "accumulation", "dtype")):
+            (model, length, batch, accumulation, dtype), of_case = case, list(group)
+            times = f" x {accumulation}" if phase == "engine" else ""
+            parts.append(f"**{model}, {length} tokens, {batch}{times} rows, {dtype}**")
             if not any(row.get("ms") for row in of_case):
                 parts[-1] += f": {of_case[0]['status']}"
                 continue
@@ -102,19 +103,20 @@ def rounded(value: Any) -> Any:
 
 
 def plot(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """One panel per case and phase: each variant's step time with its p20 and p80, and the time that its operations suggest."""
+    """One panel per table: each variant's step time with its p20 and p80, and the time that its operations suggest."""
     from matplotlib.figure import Figure
 
     measured = [row for row in rows if row.get("steps")]
-    panels = list(dict.fromkeys((row["phase"], row["model"], row["length"], row["batch"]) for row in measured))
+    panel_of = itemgetter("phase", "model", "length", "batch", "accumulation")
+    panels = list(dict.fromkeys(map(panel_of, measured)))
     if not panels:
         return
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(5.5 * across, 3.2 * down), layout="constrained")
     for axis, panel in zip(figure.subplots(down, across, squeeze=False).flat, panels, strict=False):
-        phase, model, length, batch = panel
-        chosen = [row for row in measured if (row["phase"], row["model"], row["length"], row["batch"]) == panel]
+        phase, model, length, batch, accumulation = panel
+        chosen = [row for row in measured if panel_of(row) == panel]
         names, ms = [row["variant"] for row in chosen], [row["ms"] for row in chosen]
         # A mean, as that of "spread", may lie outside of the percentiles.
         below = [max(0, row["ms"] - row["ms_p20"]) for row in chosen]
@@ -128,6 +130,8 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
             ideal = [time_of[row["against"]] * row["ideal_ratio"] for row in compared]
             axis.plot(ideal, [row["variant"] for row in compared], "|", color="tab:orange", ms=18, mew=2)
         axis.invert_yaxis()
-        axis.set(title=f"{model}, S={length}, B={batch}, {phase}", xlabel="ms per step", xlim=(0, 1.2 * max(ms)))
+        axis.set(
+            title=f"{model}, S={length}, B={batch} x {accumulation}, {phase}", xlabel="ms per step", xlim=(0, 1.2 * max(ms))
+        )
     figure.suptitle(f"{title}\norange: the dense step x ratio of operations; gray: untouched model", fontsize=9)
     figure.savefig(path, dpi=110)

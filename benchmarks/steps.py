@@ -31,7 +31,14 @@ SMALL = {
     "intermediate_size": 1024,
     "vocab_size": 4096,
 }
-MODELS: dict[str, dict[str, Any]] = {"large": BERT_SIZES["bert-large"], "base": BERT_SIZES["bert-base"], "small": SMALL}
+TOY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 96}
+MODELS: dict[str, dict[str, Any]] = {
+    "large": BERT_SIZES["bert-large"],
+    "base": BERT_SIZES["bert-base"],
+    "small": SMALL,
+    "toy": TOY,
+}
+ON_A_CPU = ("small", "toy")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 HUGGING_FACE_COMPILED, RANDOM_LTD = "huggingface compiled", "random-LTD"
@@ -50,6 +57,8 @@ class Variant:
     """Name of the dense step that its time and operations are compared with."""
     model: Literal["converted", "plain", "compiled", "random-LTD"] = "converted"
     """The converted model, or the untouched one: as it is, compiled, or with random-LTD's layers."""
+    eager: bool = False
+    """Without torch.compile, whatever the others do."""
 
     @property
     def converted(self) -> bool:
@@ -68,6 +77,8 @@ VARIANTS = (
     Variant("spread", "align", {"align_schedule": "spread"}),
     Variant(DENSE_WHOLE, "dense", {"last_layer": "all"}, against=DENSE_WHOLE),
     Variant(DROP_WHOLE, "drop", {"last_layer": "all"}, against=DENSE_WHOLE),
+    Variant("dense, eager", "dense", eager=True),
+    Variant("drop, eager", "drop", against="drop", eager=True),
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
@@ -140,6 +151,8 @@ class Setup:
     dtype: str
     compile: bool
     accumulation: int = 1
+    deterministic: bool = False
+    """Kernels that add in one order only; `make_setup` asked torch for them."""
 
     @property
     def peak_flops(self) -> float | None:
@@ -159,7 +172,7 @@ class Trainer:
         self.model: Any = built.to(DTYPES[setup.dtype]).train()
         sctd_ds.convert(self.model, ScTDConfig(keep_token_ids=[0, 1, 2, 3]))
         self.engine: Any = None
-        self.variant = BY_NAME[HUGGING_FACE]
+        self.variant: Variant | None = None
         self._steps = 0
         plain = types.MethodType(type(self.model).forward, self.model)
         self._forwards: dict[str, Callable[..., Any]] = {
@@ -194,7 +207,7 @@ class Trainer:
 
     def missing(self, variant: Variant) -> str | None:
         """Why a step of `variant` cannot run here, in a line; None: it can."""
-        if variant.model == "compiled" and not self.setup.compile:
+        if (variant.model == "compiled" or variant.eager) and not self.setup.compile:
             return "torch.compile is off"
         if variant.model == "random-LTD":
             if self.engine is None:
@@ -205,6 +218,7 @@ class Trainer:
     def choose(self, variant: Variant, case: Case) -> None:
         """Make the next steps those of `variant`."""
         self.variant = variant
+        torch.compiler.set_stance("force_eager" if variant.eager else "default")
         self.model.forward = self._forwards[variant.model]
         self.model.bert.encoder.layer = self._layers
         state_of(self.model).config = case.config(variant)
@@ -231,8 +245,12 @@ class Trainer:
                 self.engine.step()
 
     def close(self) -> None:
-        """Release the memory."""
+        """Release the memory, and that of what was compiled. Only `variant` stays readable."""
+        torch.compiler.set_stance("default")
+        torch._dynamo.reset()
         if self.engine is not None:
             self.engine.destroy()
+        variant = self.variant
         self.__dict__.clear()
+        self.variant = variant
         release_memory()

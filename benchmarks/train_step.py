@@ -6,19 +6,20 @@
 Two measurements: "bare" is forward and backward of one micro-batch; "engine" is a whole optimizer step of the real engine
 (DeepSpeed, ZeRO-2, AdamW, gradient clipping, the importance table). Variants take turns (A B C A B C ...) in bursts of a
 few steps, so that a drifting clock affects all of them alike. Inputs are random ids with as many labels per row as in
-pretraining; results go to <out>/<device>/ as CSV, Markdown and PNG.
+pretraining; results go to <out>/<device>/ as CSV, Markdown and PNG. A variant that fails is a row with the reason, the others
+are measured without it, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, single_process
-from benchmarks.profiling import profile_steps
+from benchmarks.harness import MEASURED, RESULTS, failure, has_failed, single_process
+from benchmarks.profiling import Breakdown, profile_steps
 from benchmarks.step_tables import PHASES, markdown, plot, record, table
 from benchmarks.steps import (
     ALIGN,
@@ -35,6 +36,7 @@ from benchmarks.steps import (
     DTYPES,
     HUGGING_FACE,
     MODELS,
+    ON_A_CPU,
     SEPARATE,
     VARIANTS,
     Case,
@@ -44,6 +46,7 @@ from benchmarks.steps import (
 )
 from sctd_ds.config import ScTDConfig
 from sctd_ds.method.schedule import aligned_rows, mean_cost
+from sctd_ds.run import job
 from sctd_ds.run.environment import Environment
 from sctd_ds.run.probe import interleave, time_calls
 
@@ -59,27 +62,59 @@ class Measured:
     ms: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     first_s: float = 0.0
-    status: str = "measured"
+    status: str = MEASURED
+    profile: Breakdown | None = None
 
 
-def measure(trainer: Trainer, case: Case, variants: Sequence[Variant], steps: int) -> dict[str, Measured]:
-    """Time at least `steps` steps of each variant after a warm-up, interleaved.
+def measure(
+    make: Callable[[], Trainer], case: Case, variants: Sequence[Variant], steps: int, profiled: Sequence[str] = ()
+) -> dict[str, Measured]:
+    """Time at least `steps` steps of each variant. One that cannot run or fails gets a status; a new trainer takes the others.
 
-    With an engine, running out of memory leaves DeepSpeed's buckets half filled: OutOfMemoryError asks for a new trainer.
+    make: builds a trainer. A failure can leave one useless: memory that is lost, DeepSpeed's buckets half filled. Where none
+    can be built any more, what was measured until then stays. profiled: names of variants to profile afterwards.
     """
+    found = {variant.name: Measured() for variant in variants}
+    waiting = list(variants)
+    while waiting:
+        trainer = None
+        try:
+            with closing(make()) as trainer:
+                for variant in variants:
+                    if reason := trainer.missing(variant):
+                        found[variant.name].status = f"not measured: {reason}"
+                waiting = [variant for variant in waiting if found[variant.name].status == MEASURED]
+                take_turns(trainer, case, waiting, steps, found)
+                for variant in waiting:
+                    if variant.name in profiled and not found[variant.name].profile:
+                        found[variant.name].profile = profile_variant(trainer, variant, case)
+                return found
+        except Exception as error:  # whatever it is, the other figures are worth having
+            status = failure(error)
+        # Outside of the except block: the traceback no longer holds the step's tensors.
+        blamed = [trainer.variant] if trainer is not None and trainer.variant in waiting else waiting
+        for variant in blamed:
+            found[variant.name].status = status
+        waiting = [variant for variant in waiting if variant not in blamed]
+    return found
+
+
+def take_turns(trainer: Trainer, case: Case, variants: Sequence[Variant], steps: int, found: Mapping[str, Measured]) -> None:
+    """Step the variants in turns after a warm-up, until each has `steps` times in `found`."""
     batches = case.batches(trainer.setup.device, BURST)
-    first_s = {variant.name: warm_up(trainer, case, variant, batches) for variant in variants}
+    for variant in variants:
+        found[variant.name].first_s = warm_up(trainer, case, variant, batches)
 
     def turn(variant: Variant) -> list[Callable[[], None]]:
         trainer.choose(variant, case)
         return [partial(trainer.step, batch) for batch in batches]
 
-    timed = interleave({variant.name: partial(turn, variant) for variant in variants}, rounds=math.ceil(steps / BURST))
-    found = {}
-    for name, each in timed.items():
-        ms = list(itertools.chain.from_iterable(each.ms))
-        found[name] = Measured(ms, each.peak_bytes, first_s[name])
-    return found
+    turns = {variant.name: partial(turn, variant) for variant in variants}
+    while any(len(found[name].ms) < steps for name in turns):
+        for name, timed in interleave(turns, rounds=1).items():
+            found[name].ms += timed.ms[0]
+            if timed.peak_bytes is not None:
+                found[name].peak_bytes = max(timed.peak_bytes, found[name].peak_bytes or 0)
 
 
 def warm_up(trainer: Trainer, case: Case, variant: Variant, batches: Sequence[Mapping[str, Tensor]]) -> float:
@@ -94,28 +129,6 @@ def warm_up(trainer: Trainer, case: Case, variant: Variant, batches: Sequence[Ma
     more = itertools.islice(itertools.cycle(batches), 2 if len(counts) == 1 else config.interval)
     time_calls([partial(trainer.step, batch) for batch in more])
     return first_s
-
-
-def measure_surviving(
-    trainer: Trainer, renew: Callable[[], Trainer], case: Case, variants: Sequence[Variant], steps: int
-) -> tuple[dict[str, Measured], Trainer]:
-    """`measure`, where a variant that cannot run or runs out of memory gets a status. Also returns the trainer to use next."""
-    reasons = {variant.name: trainer.missing(variant) for variant in variants}
-    lost = {name: Measured(status=f"not measured: {reason}") for name, reason in reasons.items() if reason}
-    while True:
-        try:
-            remaining = [variant for variant in variants if variant.name not in lost]
-            results = measure(trainer, case, remaining, steps) | lost
-            return {variant.name: results[variant.name] for variant in variants}, trainer
-        except torch.OutOfMemoryError:
-            failed = trainer.variant
-        # Outside the except block: the traceback no longer holds the step's tensors.
-        lost[failed.name] = Measured(status="out of memory")
-        had_engine = trainer.engine is not None
-        trainer.close()
-        trainer = renew()
-        if had_engine:
-            trainer.start_engine()
 
 
 def step_rows(case: Case, phase: str, setup: Setup, results: Mapping[str, Measured]) -> list[dict[str, Any]]:
@@ -208,6 +221,7 @@ def describe(case: Case, phase: str, setup: Setup, variant: str) -> dict[str, An
         "accumulation": setup.accumulation,
         "dtype": setup.dtype,
         "compile": setup.compile,
+        "deterministic": setup.deterministic,
         "phase": phase,
         "variant": variant,
     }
@@ -223,7 +237,7 @@ def run(
     cases: Sequence[Case],
     setup: Setup,
     *,
-    phases: Sequence[str],
+    stages: Sequence[tuple[str, int]],
     variants: Sequence[Variant],
     steps: int,
     folder: Path,
@@ -233,53 +247,59 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measure all cases, print a table for each, and write train_step.csv, .md and .png. Returns the rows.
 
-    The CSV is also written after each case. Cases that would begin after `budget_s` seconds, and big models without a GPU,
-    get rows that say so. note: a sentence for the Markdown file, on the conditions of the measurement.
+    stages: pairs of a phase and its micro-batches per step. The CSV is also written after each case of a stage. Cases that
+    would begin after `budget_s` seconds, and big models without a GPU, get rows that say so. profile: show where the time of
+    dense and drop steps goes in the last stage, whole in profile.txt. note: a sentence for the Markdown file, on the
+    conditions of the measurement.
     """
     start, environment = time.perf_counter(), Environment.collect()
     rows: list[dict[str, Any]] = []
-    for model in dict.fromkeys(case.model for case in cases):
-        needs_gpu = setup.device.type == "cpu" and model != "small"
-        build = partial(Trainer, model, setup)
-        trainer = None if needs_gpu else build()
-        for phase in phases:
-            if trainer is not None and phase == "engine":
-                trainer.start_engine()
-            for case in (case for case in cases if case.model == model):
-                late = time.perf_counter() - start > budget_s
-                if trainer is None or late:
-                    status = "not measured (time budget)" if late else "not measured (no GPU)"
-                    rows += [{**describe(case, phase, setup, variant.name), "status": status} for variant in variants]
-                    continue
-                results, trainer = measure_surviving(trainer, build, case, variants, steps)
-                new = step_rows(case, phase, setup, results)
-                new += average_rows(case, phase, setup, new)
-                rows += new
-                print(f"\n{case}, {setup.dtype}, {PHASES[phase]} [{time.perf_counter() - start:.0f} s]", flush=True)
-                print(table(new), flush=True)
-                record(folder / "train_step.csv", rows, environment)
-                if profile and phase == phases[-1]:
-                    for variant in variants:
-                        if variant.name in ("dense", "drop") and results[variant.name].ms:
-                            print(f"\n{case}, {phase}, {variant.name}: {profile_variant(trainer, variant, case)}", flush=True)
-        if trainer is not None:
-            trainer.close()
+    profiles: list[str] = []
+    for case, (phase, accumulation) in itertools.product(cases, stages):
+        shared = replace(setup, accumulation=accumulation)
+        late = time.perf_counter() - start > budget_s
+        if late or (setup.device.type == "cpu" and case.model not in ON_A_CPU):
+            status = "not measured (time budget)" if late else "not measured (no GPU)"
+            rows += [{**describe(case, phase, shared, variant.name), "status": status} for variant in variants]
+            continue
+        profiled = ("dense", "drop") if profile and (phase, accumulation) == stages[-1] else ()
+        results = measure(partial(make_trainer, case.model, shared, phase), case, variants, steps, profiled)
+        new = step_rows(case, phase, shared, results)
+        new += average_rows(case, phase, shared, new)
+        rows += new
+        record(folder / "train_step.csv", rows, environment)
+        title = f"{case}, {setup.dtype}, accumulation {accumulation}, {PHASES[phase]}"
+        for name, result in results.items():
+            if result.profile is not None:
+                profiles.append(f"{title}, {name}: {result.profile.text()}")
+                print(f"\n{name}: {result.profile.text(top=0)}")
+        print(f"\n{title} [{time.perf_counter() - start:.0f} s]\n{table(new)}", flush=True)
     record(folder / "train_step.csv", rows, environment)
     (folder / "train_step.md").write_text(markdown(rows, environment, note), encoding="utf-8")
+    if profiles:
+        (folder / "profile.txt").write_text("\n\n".join(profiles) + "\n", encoding="utf-8")
     title = f"{environment.device}, {setup.dtype}, torch {environment.torch}, commit {environment.commit}"
     plot(folder / "train_step.png", rows, title)
     return rows
 
 
-def profile_variant(trainer: Trainer, variant: Variant, case: Case) -> str:
-    """Where the time of a variant's steps goes, as text."""
+def make_trainer(model: str, setup: Setup, phase: str) -> Trainer:
+    """A trainer for a phase: "bare" or "engine"."""
+    trainer = Trainer(model, setup)
+    if phase == "engine":
+        trainer.start_engine()
+    return trainer
+
+
+def profile_variant(trainer: Trainer, variant: Variant, case: Case) -> Breakdown:
+    """Where the time of a variant's steps goes."""
     trainer.choose(variant, case)
     batches = itertools.cycle(case.batches(trainer.setup.device, BURST))
 
     def step() -> None:
         trainer.step(next(batches))
 
-    return profile_steps(step, head_rows=case.batch * case.labels, vocabulary=case.shape.vocabulary).text()
+    return profile_steps(step, head_rows=case.batch * case.labels, vocabulary=case.shape.vocabulary)
 
 
 def parse_cases(arguments: argparse.Namespace, on_gpu: bool) -> list[Case]:
@@ -307,7 +327,7 @@ def parse_cases(arguments: argparse.Namespace, on_gpu: bool) -> list[Case]:
             raise SystemExit(f'unknown model "{case.model}": expected one of {", ".join(MODELS)}')
         if not 8 <= case.length <= 512 or case.batch < 1:
             raise SystemExit(f"{case}: expected 8 to 512 tokens and at least one row")
-    if not on_gpu and not any(case.model == "small" for case in cases):
+    if not on_gpu and not any(case.model in ON_A_CPU for case in cases):
         cases.insert(0, Case("small", 512, 1))
     return cases
 
@@ -326,8 +346,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on a GPU, fp32 on a CPU")
     steps = 24 if torch.cuda.is_available() else 8
     parser.add_argument("--steps", type=int, default=steps, help="timed steps per variant, at least (default %(default)s)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default %(default)s)")
+    parser.add_argument(
+        "--accumulation",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="micro-batches per optimizer step of the engine, one or several numbers (default 1)",
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
+    parser.add_argument("--deterministic", action="store_true", help="with kernels that repeat bit for bit")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default %(default)s")
 
 
@@ -338,11 +366,13 @@ def make_setup(arguments: argparse.Namespace) -> Setup:
     on_gpu = torch.cuda.is_available()
     deepspeed_logger.setLevel("WARNING")
     single_process()
+    if arguments.deterministic:
+        job.be_deterministic()
     return Setup(
         device=torch.device("cuda" if on_gpu else "cpu"),
         dtype=arguments.dtype or ("fp16" if on_gpu else "fp32"),
         compile=on_gpu if arguments.compile is None else arguments.compile,
-        accumulation=arguments.accumulation,
+        deterministic=arguments.deterministic,
     )
 
 
@@ -371,14 +401,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     setup = make_setup(arguments)
     cases = parse_cases(arguments, setup.device.type == "cuda")
+    if setup.device.type == "cpu" and arguments.profile:
+        parser.error("--profile needs a GPU: run it on a machine with a CUDA device")
     if setup.device.type == "cpu":
         print("No GPU: a small model stands in for the others. Its ratios mean something, its speed does not.")
-    phases = [phase for phase in PHASES if arguments.engine in (None, phase == "engine")]
+    stages = [] if arguments.engine else [("bare", 1)]
+    if arguments.engine is not False:
+        stages += [("engine", accumulation) for accumulation in arguments.accumulation]
     folder = arguments.out / Environment.collect().folder_name
     rows = run(
         cases,
         setup,
-        phases=phases,
+        stages=stages,
         variants=parse_variants(arguments.variants),
         steps=arguments.steps,
         folder=folder,
@@ -386,11 +420,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         profile=arguments.profile,
         note=arguments.note,
     )
-    missing = [f"{row['model']} S={row['length']} B={row['batch']}: {row['status']}" for row in rows if not row.get("ms")]
-    for line in dict.fromkeys(missing):
-        print(line)
     print("\nwritten: " + ", ".join(str(folder / f"train_step.{suffix}") for suffix in ("csv", "md", "png")))
-    return 0
+    without = [row for row in rows if row["status"].startswith("not measured")]
+    failed = [row for row in rows if has_failed(row["status"])]
+    for line in dict.fromkeys(f"{row['model']} S={row['length']} B={row['batch']}: {row['status']}" for row in without):
+        print(line)
+    for row in failed:
+        print(f"{row['model']} S={row['length']} B={row['batch']}, {row['phase']}, {row['variant']}: {row['status']}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

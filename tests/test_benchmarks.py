@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import os
 import statistics
 import time
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -16,25 +18,30 @@ import torch
 from deepspeed.ops.random_ltd import dropping_utils
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from benchmarks import gpu, kernels, profiling, random_ltd, step_tables, steps, table5, train_step
+from benchmarks import gpu, kernels, operators, profiling, random_ltd, step_tables, steps, table5, train_step
+from benchmarks.harness import MEASURED
 from benchmarks.steps import ALIGN, BY_NAME, HUGGING_FACE, RANDOM_LTD, SEPARATE, VARIANTS, Case, Setup, Trainer
 from benchmarks.train_step import Measured
 from helpers import ROOT
 from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.method.convert import state_of
+from sctd_ds.method.encoder import Encoder
+from sctd_ds.run import environment
 from sctd_ds.run.probe import interleave, time_calls
 
-TOY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 96}
-CASE = Case("small", 32, 4)
-EAGER = [variant for variant in VARIANTS if variant.model in ("plain", "converted")]
+CASE = Case("toy", 32, 4)
+EAGER = [variant for variant in VARIANTS if variant.model in ("plain", "converted") and not variant.eager]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU; CI is one")
 
 
 @pytest.fixture(autouse=True)
-def toy(monkeypatch) -> None:
-    monkeypatch.setitem(steps.MODELS, "small", TOY)
+def random_ltd_is_loaded_anew() -> None:
     random_ltd.unavailable.cache_clear()
+
+
+def make(setup: Setup, phase: str):
+    return partial(train_step.make_trainer, "toy", setup, phase)
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def test_rows_have_exactly_the_labels_of_pretraining():
-    for batch in Case("small", 512, 3).batches(torch.device("cpu"), count=2):
+    for batch in Case("toy", 512, 3).batches(torch.device("cpu"), count=2):
         labelled = batch["labels"] != -100
         assert labelled.sum(1).tolist() == [76] * 3
         assert not labelled[:, 0].any()
@@ -67,7 +74,7 @@ def watch_lengths(trainer: Trainer) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("phase", ["bare", "engine"])
 def test_each_variant_takes_the_step_that_it_promises(setup, phase):
     """Layers see the promised lengths, layer by layer and the full pass first, the engine has its class, and weights move."""
-    trainer = Trainer("small", setup)
+    trainer = Trainer("toy", setup)
     if phase == "engine":
         trainer.start_engine()
     batch = CASE.batches(setup.device)[0]
@@ -120,7 +127,7 @@ def torch_operators(monkeypatch) -> None:
 
 def test_random_ltd_drops_our_share_of_the_tokens_in_our_layers(setup, torch_operators):
     """DeepSpeed's own engine and wrappers run around the untouched model; variants before and after it are unaffected."""
-    trainer = Trainer("small", setup)
+    trainer = Trainer("toy", setup)
     trainer.start_engine()
     assert trainer.missing(BY_NAME[RANDOM_LTD]) is None
     layers, lengths = trainer.model.bert.encoder.layer, watch_lengths(trainer)
@@ -129,7 +136,7 @@ def test_random_ltd_drops_our_share_of_the_tokens_in_our_layers(setup, torch_ope
     trainer.choose(BY_NAME[RANDOM_LTD], CASE)
     for layer in trainer.model.bert.encoder.layer:
         layer.register_forward_hook(lambda _, inputs, output: changed.append((inputs[0] != output).any(-1).sum(1).tolist()))
-    for case, full, kept in ((CASE, (4, 32), (4, 16)), (Case("small", 64, 2), (2, 64), (2, 32)), (CASE, (4, 32), (4, 16))):
+    for case, full, kept in ((CASE, (4, 32), (4, 16)), (Case("toy", 64, 2), (2, 64), (2, 32)), (CASE, (4, 32), (4, 16))):
         batch = case.batches(setup.device)[0]
         for name, wanted in ((HUGGING_FACE, [full] * 4), (RANDOM_LTD, [full, kept, kept, full]), ("dense", [full] * 3)):
             before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -147,11 +154,8 @@ def test_random_ltd_drops_our_share_of_the_tokens_in_our_layers(setup, torch_ope
 
 
 def test_random_ltd_is_measured_beside_the_others(setup, torch_operators):
-    trainer = Trainer("small", setup)
-    trainer.start_engine()
     chosen = [BY_NAME[name] for name in (HUGGING_FACE, RANDOM_LTD, "dense")]
-    results, trainer = train_step.measure_surviving(trainer, partial(Trainer, "small", setup), CASE, chosen, steps=4)
-    trainer.close()
+    results = train_step.measure(make(setup, "engine"), CASE, chosen, steps=4)
     rows = {row["variant"]: row for row in train_step.step_rows(CASE, "engine", setup, results)}
     assert rows[RANDOM_LTD]["ratio"] == pytest.approx(rows[RANDOM_LTD]["ms"] / rows[HUGGING_FACE]["ms"])
 
@@ -161,14 +165,8 @@ def test_where_random_ltd_cannot_be_compiled_its_row_says_why(setup, monkeypatch
         raise OSError("CUDA_HOME does not exist, unable to compile CUDA op(s)\nmore")
 
     monkeypatch.setattr(dropping_utils, "RandomLTDBuilder", lambda: SimpleNamespace(load=load))
-    trainer = Trainer("small", setup)
     chosen = [BY_NAME[name] for name in (RANDOM_LTD, "dense")]
-    found = {}
-    for phase in ("bare", "engine"):
-        if phase == "engine":
-            trainer.start_engine()
-        found[phase], trainer = train_step.measure_surviving(trainer, partial(Trainer, "small", setup), CASE, chosen, steps=4)
-    trainer.close()
+    found = {phase: train_step.measure(make(setup, phase), CASE, chosen, steps=4) for phase in ("bare", "engine")}
     wanted = "not measured: random-LTD's CUDA operators: CUDA_HOME does not exist, unable to compile CUDA op(s)"
     assert found["engine"][RANDOM_LTD] == Measured(status=wanted)
     assert found["bare"][RANDOM_LTD].status == "not measured: random-LTD works inside DeepSpeed's engine only"
@@ -187,7 +185,7 @@ def test_the_kernels_are_compared_with_random_ltd_where_it_runs(torch_operators)
 
 
 def test_every_row_of_a_spread_step_is_aligned_once_per_interval(setup):
-    trainer = Trainer("small", setup)
+    trainer = Trainer("toy", setup)
     trainer.choose(BY_NAME["spread"], CASE)
     aligned = 0
     for batch in CASE.batches(setup.device, count=10):
@@ -274,7 +272,7 @@ def test_times_are_of_the_device_and_peaks_of_the_turn():
 
 @without_gpu
 def test_command_writes_what_it_measured_and_table5_reads_it(tmp_path, capsys):
-    common = ["--cases", "small:32:4,large:512:64", "--steps", "4", "--out", str(tmp_path), "--note", "A busy day."]
+    common = ["--cases", "toy:32:4,large:512:64", "--steps", "4", "--out", str(tmp_path), "--note", "A busy day."]
     assert train_step.main(common) == 0
     printed = capsys.readouterr().out
     assert "No GPU" in printed
@@ -292,7 +290,7 @@ def test_command_writes_what_it_measured_and_table5_reads_it(tmp_path, capsys):
         assert f"| {row['variant']} | {float(row['ms']):.1f} | " in text
     assert "| random-LTD | not measured: random-LTD's CUDA operators: " in text
 
-    assert table5.main(["--model", "small", "--length", "32", "--out", str(tmp_path)]) == 0
+    assert table5.main(["--model", "toy", "--length", "32", "--out", str(tmp_path)]) == 0
     ms = {row["variant"]: float(row["ms"]) for row in measured if row["phase"] == "engine"}
     first, second, *_ = read(folder / "table5.csv")
     assert float(first["paper"]) == pytest.approx(0.215, abs=1e-3)
@@ -310,25 +308,106 @@ def test_table5_says_not_measured_where_there_is_no_gpu(tmp_path, capsys):
     assert line.split() == ["sctd", "Fi=10", "13.8%", "16.0%", "not", "measured", "20.6%", "not", "measured"]
 
 
-def test_running_out_of_memory_costs_one_row(setup, monkeypatch):
-    """The variant is named, the engine is renewed, and the others are measured."""
-    taken = Trainer.step
+def fail_in(variant: str, error: Exception, after: int = 0):
+    """A `Trainer.step` that raises when `variant` has taken `after` steps."""
+    taken, step = [], Trainer.step
 
-    def step(self: Trainer, batch: dict) -> None:
-        if self.variant.name == ALIGN:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        taken(self, batch)
+    def failing(self: Trainer, batch: dict) -> None:
+        if self.variant.name == variant:
+            taken.append(1)
+            if len(taken) > after:
+                raise error
+        step(self, batch)
 
-    monkeypatch.setattr(Trainer, "step", step)
-    trainer = Trainer("small", setup)
-    trainer.start_engine()
-    first = trainer.engine
-    results, trainer = train_step.measure_surviving(trainer, lambda: Trainer("small", setup), CASE, EAGER, steps=4)
-    assert {name for name, result in results.items() if result.status == "out of memory"} == {ALIGN}
+    return failing
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "failed: out of memory"),
+        (
+            RuntimeError("CUDA error: an illegal memory access\nmore"),
+            "failed: RuntimeError: CUDA error: an illegal memory access",
+        ),
+    ],
+)
+def test_a_variant_that_fails_costs_one_row(setup, monkeypatch, error, status):
+    """The others are measured with a new trainer: an engine that was left in the middle of a step is of no use."""
+    monkeypatch.setattr(Trainer, "step", fail_in(ALIGN, error))
+    made = []
+
+    def make_and_count() -> Trainer:
+        made.append(make(setup, "engine")())
+        return made[-1]
+
+    results = train_step.measure(make_and_count, CASE, EAGER, steps=4)
+    assert {name: result.status for name, result in results.items() if result.status != MEASURED} == {ALIGN: status}
     assert all(len(result.ms) == 4 for name, result in results.items() if name != ALIGN)
-    assert trainer.engine is not None and trainer.engine is not first
-    rows = train_step.step_rows(CASE, "engine", setup, results)
-    assert "out of memory" in step_tables.table(rows)
+    assert len(made) == 2
+    assert status in step_tables.table(train_step.step_rows(CASE, "engine", setup, results))
+
+
+def test_figures_from_before_the_device_was_lost_are_kept(setup, monkeypatch):
+    """After the first round every step fails, and so does a new trainer."""
+    monkeypatch.setattr(Trainer, "step", fail_in("drop", RuntimeError("the device is lost"), after=3 + train_step.BURST))
+    trainers = iter([make(setup, "bare")()])
+
+    def make_once() -> Trainer:
+        for trainer in trainers:
+            return trainer
+        raise RuntimeError("no device")
+
+    variants = [BY_NAME[name] for name in ("dense", "drop")]
+    results = train_step.measure(make_once, CASE, variants, steps=2 * train_step.BURST)
+    assert {name: len(result.ms) for name, result in results.items()} == {"dense": train_step.BURST, "drop": train_step.BURST}
+    assert results["drop"].status == "failed: RuntimeError: the device is lost"
+    assert results["dense"].status == "failed: RuntimeError: no device"
+
+
+def test_the_exit_status_tells_of_a_failure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, "step", fail_in("drop", ValueError("no such luck")))
+    arguments = ["--cases", "toy:32:4", "--variants", "drop", "--steps", "4", "--no-engine", "--out", str(tmp_path)]
+    assert train_step.main(arguments) == 1
+    assert "toy S=32 B=4, bare, drop: failed: ValueError: no such luck" in capsys.readouterr().out
+    (written,) = tmp_path.glob("*/train_step.csv")
+    assert [(row["variant"], row["status"]) for row in read(written)] == [
+        ("dense", MEASURED),
+        ("drop", "failed: ValueError: no such luck"),
+    ]
+
+
+def test_several_accumulations_are_measured_in_one_call(tmp_path):
+    """Micro-batches per step: table5 takes the accumulation at which dense steps are fastest per sequence."""
+    arguments = ["--cases", "toy:32:4", "--variants", "drop", "--steps", "4", "--engine", "--accumulation", "3", "1"]
+    assert train_step.main([*arguments, "--out", str(tmp_path)]) == 0
+    (written,) = tmp_path.glob("*/train_step.csv")
+    rows = read(written)
+    assert [(row["accumulation"], row["variant"]) for row in rows] == [(n, v) for n in "31" for v in ("dense", "drop")]
+    for row in rows:
+        assert float(row["sequences_per_s"]) == pytest.approx(4 * int(row["accumulation"]) / float(row["ms"]) * 1e3, rel=1e-4)
+    best = max(rows[::2], key=lambda row: float(row["sequences_per_s"]))
+    assert {row["accumulation"] for row in table5.at_best_speed(rows)} == {best["accumulation"]}
+
+
+def test_an_eager_variant_runs_no_compiled_graph(monkeypatch):
+    ran: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Any:
+        def run(*arguments: Any) -> Any:
+            ran.append("graph")
+            return graph.forward(*arguments)
+
+        return run
+
+    monkeypatch.setattr(Encoder, "compile", partialmethod(Encoder.compile, backend=backend))
+    trainer = Trainer("toy", Setup(DEVICE, "fp32", compile=True))
+    (batch,) = CASE.batches(DEVICE, count=1)
+    for name, compiled in (("drop", True), ("drop, eager", False), ("drop", True)):
+        ran.clear()
+        trainer.choose(BY_NAME[name], CASE)
+        trainer.step(batch)
+        assert bool(ran) == compiled, name
     trainer.close()
 
 
@@ -342,7 +421,7 @@ def test_a_few_slow_steps_do_not_keep_the_figure_from_being_drawn(setup, tmp_pat
 
 
 def test_time_budget_leaves_rows_that_say_so(setup, tmp_path):
-    rows = train_step.run([CASE], setup, phases=["bare"], variants=EAGER, steps=4, folder=tmp_path, budget_s=0)
+    rows = train_step.run([CASE], setup, stages=[("bare", 1)], variants=EAGER, steps=4, folder=tmp_path, budget_s=0)
     assert {row["status"] for row in rows} == {"not measured (time budget)"}
     assert len(read(tmp_path / "train_step.csv")) == len(EAGER)
 
@@ -418,7 +497,7 @@ def test_profile_sorts_device_time_by_category_of_work():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_profile_accounts_for_a_real_step():
-    trainer = Trainer("small", Setup(torch.device("cuda"), "fp16", compile=False))
+    trainer = Trainer("toy", Setup(torch.device("cuda"), "fp16", compile=False))
     trainer.start_engine()
     trainer.choose(BY_NAME["drop"], CASE)
     batch = CASE.batches(torch.device("cuda"))[0]
@@ -434,43 +513,140 @@ def test_percentiles_are_of_the_steps():
     assert statistics.median(values) == 6.0
 
 
-def test_checks_that_fail_or_hang_stop_no_other_and_are_named(tmp_path, monkeypatch, capsys):
-    python = [gpu.PYTHON, "-c"]
-    worker = [gpu.PYTHON, "-c", "import time; time.sleep(600)"]
-    launcher = f"import subprocess, time; print(subprocess.Popen({worker}).pid, flush=True); time.sleep(600)"
-    checks = {
-        "first": gpu.Check("fails", (*python, "print('why'); raise SystemExit(3)")),
-        "second": gpu.Check("passes", (*python, "import benchmarks, sctd_kernels; open('{out}/made', 'w')")),
-        "third": gpu.Check("hangs", (*python, launcher)),
-        "fourth": gpu.Check("is not begun", (*python, "open('{out}/begun', 'w')")),
+@pytest.fixture
+def parts(monkeypatch, tmp_path) -> dict[str, gpu.Part]:
+    """Parts of `benchmarks.gpu` that pass, fail and hang, as if there were a GPU. The second hangs in a child of its own."""
+    python = (gpu.PYTHON, "-c")
+    hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    launcher = (
+        f"import subprocess, time; p = subprocess.Popen([{gpu.PYTHON!r}, '-c', {hangs!r}], stdout=subprocess.PIPE); "
+        "p.stdout.readline(); print(p.pid, flush=True); time.sleep(600)"
+    )
+    made = {
+        "fails": gpu.Part("", 1, (*python, "print('why'); raise SystemExit(3)")),
+        "hangs": gpu.Part("", 0.1, (*python, launcher)),
+        "passes": gpu.Part("", 1, (*python, "import benchmarks, sctd_kernels; print('a figure', {case!r})", "{profile}")),
+        "long": gpu.Part("", 20, (*python, "print('long')")),
     }
-    monkeypatch.setattr(gpu, "CHECKS", checks)
+    monkeypatch.setattr(gpu, "PARTS", made)
+    monkeypatch.setattr(gpu, "GRACE_S", 1.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu.Environment, "collect", lambda: SimpleNamespace(device="X", torch="1", triton="2", commit="3"))
-    assert gpu.main(["--out", str(tmp_path), "--only", "first", "second"]) == 1
+    return made
+
+
+def test_parts_that_fail_or_hang_stop_no_other_and_are_named(tmp_path, parts, capsys):
+    assert gpu.main(["--out", str(tmp_path), "--plan", "15"]) == 1
     out = capsys.readouterr().out
-    assert "failed with status 3" in out and "1 of 2 passed; look at first" in out
-    assert (tmp_path / "made").exists() and (tmp_path / "logs" / "first.log").read_text() == "why\n"
-    results = gpu.run({name: checks[name] for name in ("third", "fourth")}, tmp_path, minutes=0.05)
-    assert results["third"].startswith(gpu.CUT_OFF)
-    pid = int((tmp_path / "logs" / "third.log").read_text())
+    assert "=== fails: failed with status 3" in out and "why" in out and "a figure" in out
+    assert "1 of 3 passed; look at fails, hangs" in out
+    assert gpu.State(tmp_path / "state.json").results["hangs"].startswith("cut off after 0.1 min")
+    pid = int((tmp_path / "logs" / "hangs.log").read_text().splitlines()[0])
     deadline = time.monotonic() + 10
     with contextlib.suppress(psutil.NoSuchProcess):
         while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:  # an orphan that nobody has reaped is as dead
-            assert time.monotonic() < deadline, "what the check had started lives on"
+            assert time.monotonic() < deadline, "what the part had started lives on"
             time.sleep(0.05)
-    assert results["fourth"] == gpu.NOT_STARTED and not (tmp_path / "begun").exists()
+
+
+def test_a_call_continues_where_the_last_one_ended(tmp_path, parts, monkeypatch, capsys):
+    """A call ends before a part that does not fit, the next goes on, and --only runs a part again, by number too."""
+    monkeypatch.setitem(parts, "hangs", parts["passes"])
+    ran = []
+    monkeypatch.setattr(
+        gpu, "run_part", lambda command, log, seconds: ran.append(log.stem) or (log.write_text("-") and gpu.PASSED)
+    )
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    call = ["--out", str(tmp_path), "--plan", "15", "--minutes", "2"]
+    assert gpu.main(call) == 0
+    assert ran == ["fails"]
+    assert "hangs          comes next" in capsys.readouterr().out
+    gpu.main(call), gpu.main(call), gpu.main(call)
+    assert ran == ["fails", "hangs", "passes"]
+    gpu.main([*call, "--only", "1", "passes"])
+    assert ran == ["fails", "hangs", "passes", "fails"]
+    gpu.main(["--out", str(tmp_path), "--plan", "1.1"])  # 80 seconds of it are used
+    assert ran[4:] == []
+    with pytest.raises(SystemExit, match='unknown part "5"'):
+        gpu.main(["--only", "5"])
 
 
 @without_gpu
-def test_gpu_checks_say_what_they_need(capsys):
+def test_gpu_parts_say_what_they_need(capsys):
     assert gpu.main([]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
 
 
-def test_gpu_checks_are_commands_that_exist():
-    for check in gpu.CHECKS.values():
-        module = check.command[check.command.index("-m") + 1]
+@pytest.mark.parametrize("sizes", [gpu.AT_FULL_SIZE, gpu.REHEARSED], ids=["full size", "rehearsed"])
+def test_gpu_parts_are_commands_that_exist(sizes, tmp_path):
+    for part in gpu.PARTS.values():
+        words = part.words(tmp_path, sizes)
+        module = words[words.index("-m") + 1]
         assert module in ("pytest", "deepspeed.launcher.runner") or (ROOT / f"{module.replace('.', '/')}.py").is_file()
-        files = [part for part in check.command[1:] if part.endswith((".json", ".py")) or part.startswith("tests/")]
-        assert all((ROOT / file).exists() for file in files), files
+        files = [word for word in words[1:] if word.endswith((".json", ".py")) or word.startswith("tests/")]
+        assert all((ROOT / file.partition("::")[0]).exists() for file in files), files
+        if "--variants" in words:
+            train_step.parse_variants(words[words.index("--variants") + 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "main"), [("steps", train_step.main), ("engine-16", train_step.main), ("table5", table5.main)]
+)
+def test_the_rehearsal_of_a_part_writes_its_figures(name, main, tmp_path):
+    words = gpu.PARTS[name].words(tmp_path, gpu.REHEARSED)
+    assert main([*words[words.index("-m") + 2 :], "--steps", "4"]) == 0
+    assert list(tmp_path.glob("**/train_step.csv"))
+
+
+@without_gpu
+def test_a_rehearsal_takes_the_path_of_the_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    assert gpu.main(["--rehearse", "--only", "operators", "deterministic", "--out", str(tmp_path)]) == 0
+    assert "2 of 2 passed" in capsys.readouterr().out
+    (written,) = tmp_path.glob("operators/*/attention.csv")
+    rows = read(written)
+    assert {row["backend"] for row in rows} == set(operators.BACKENDS)
+    assert {row["shape"] for row in rows} == {"S,S", "K,S", "K,K", "R,S"}
+    by_hand = [row for row in rows if row["backend"] == "math"]
+    assert {row["status"] for row in by_hand} == {MEASURED}
+    assert all(
+        0.05 < float(row["dropped"]) < 0.15 and float(row["scale"]) == pytest.approx(1 / 0.9, abs=1e-3)
+        for row in by_hand
+        if "dropout" in row["how"]
+    )
+    (written,) = tmp_path.glob("deterministic/*/train_step.csv")
+    assert {row["deterministic"] for row in read(written)} == {"True"}
+
+
+def test_an_attention_that_drops_another_share_or_is_wrong_is_seen(monkeypatch):
+    """As a backend that rounds the dropout to sixteenths, and one whose gradients are not finite."""
+    attention = operators.Attention("S,S", 4, 2, 32, 32, 16, dropout=0.1)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    rounded = lambda *inputs, attn_mask, dropout_p: attend(*inputs, attn_mask=attn_mask, dropout_p=round(dropout_p * 16) / 16)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", rounded)
+    torch.manual_seed(0)
+    dropped, scale = operators.dropout_of(attention, torch.float32)
+    assert dropped == pytest.approx(0.125, abs=0.03) and scale == pytest.approx(16 / 14, abs=1e-4)
+    broken = lambda *inputs, attn_mask, dropout_p: attend(*inputs) * float("nan")  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", broken)
+    row = operators.attention_row(attention, "torch", torch.float32)
+    assert row["error"] == float("inf")
+
+
+def test_a_backend_that_fails_is_a_row(monkeypatch):
+    def fail(*inputs, **options):
+        raise RuntimeError("CUDA error: misaligned address")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
+    row = operators.attention_row(operators.Attention("S,S", 1, 1, 4, 4, 4), "torch", torch.float32)
+    assert row["status"] == "failed: RuntimeError: CUDA error: misaligned address" and row["both_us"] == ""
+    assert "misaligned" in operators.attention_line([row])
+
+
+def test_without_git_the_commit_is_unknown_or_given(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("SCTD_COMMIT", raising=False)
+    assert environment.commit() == "unknown"
+    monkeypatch.setenv("SCTD_COMMIT", "abc1234")
+    assert environment.commit() == "abc1234"

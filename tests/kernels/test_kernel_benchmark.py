@@ -93,7 +93,7 @@ def test_a_refused_row_shows_no_figure(tmp_path):
     ]
     (line,) = kernels.table_lines(case, rows, kernels.MODES)
     assert line.endswith("20.0 us  90%, host 9.0 us | torch 30.0 1.50x | random-LTD REFUSED: wrong by 1.0e+00")
-    kernels.plot(tmp_path / "kernels.png", rows, ENVIRONMENT)
+    kernels.plot(tmp_path / "kernels.png", rows, ENVIRONMENT, kernels.FULL.headline)
     assert (tmp_path / "kernels.png").stat().st_size > 1000
     harness.write_csv(tmp_path / "deep" / "kernels.csv", rows, ENVIRONMENT)
     written = list(csv.DictReader((tmp_path / "deep" / "kernels.csv").open()))
@@ -109,9 +109,22 @@ def test_without_a_gpu_nothing_is_claimed(capsys):
     assert any("merge_tokens" in line and "134.22 MB" in line and "44.7 us" in line for line in lines)
 
 
-def test_commit_can_be_given(monkeypatch):
-    monkeypatch.setenv("SCTD_COMMIT", "1234567")
-    assert environment.commit() == "1234567"
+def test_an_implementation_that_fails_costs_no_other_figure(monkeypatch):
+    """It fails in its forward, or only where it is differentiated, after its output was checked."""
+
+    def broken(*inputs):
+        raise RuntimeError("out of resources: shared memory")
+
+    case = CASES["gather_tokens"]
+    case = replace(case, providers={"torch": case.providers["torch"], "broken": broken, "ours": case.providers["torch"]})
+    monkeypatch.setattr(kernels.harness, "MAX_CALLS", 2)
+    rows = list(kernels.measure(case, bandwidth=1e12))
+    assert [(row["provider"], row["mode"]) for row in rows] == [(p, m) for p in case.providers for m in kernels.MODES]
+    for row in rows:
+        failed = row["provider"] == "broken"
+        assert row["check"] == ("failed: RuntimeError: out of resources: shared memory" if failed else "passed")
+        assert (row["microseconds"] == "") == failed
+    assert "broken failed: RuntimeError" in "".join(kernels.table_lines(case, rows, kernels.MODES))
 
 
 def test_small_cases_use_many_sets_of_inputs():
