@@ -93,6 +93,8 @@ def load(
     pipelines = replicas(world_size, pretrain.stages)
     micro, accumulation = _resolve_batch(deepspeed, pipelines)
     _resolve_schedule(deepspeed, pretrain)
+    # The run records its own throughput; DeepSpeed's timer would stop the host twice per micro-batch.
+    deepspeed.setdefault("timers", {"throughput": {"enabled": False}})
     optimizer = _take_apex_optimizer(deepspeed)
     notes = _resolve_precision(deepspeed) + _warnings(deepspeed, optimizer)
     return RunConfig(name, deepspeed, sctd, pretrain, micro, accumulation, pipelines, optimizer, notes)
