@@ -196,13 +196,15 @@ class Trainer:
             "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's bookkeeping: a batch may have any size
             "gradient_accumulation_steps": self.setup.accumulation,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": 0.01, "torch_adam": True, "fused": True}},
-            "zero_optimization": {"stage": 2, "contiguous_gradients": True, "overlap_comm": self.setup.device.type == "cuda"},
+            "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 50_000_000},
             "gradient_clipping": 1.0,
             "steps_per_print": 1_000_000_000,
+            "timers": {"throughput": {"enabled": False}},
             "data_efficiency": random_ltd.settings(len(self._layers)),  # no effect on layers that are not wrapped
         }
         if self.setup.dtype in ("fp16", "bf16"):
             settings[self.setup.dtype] = {"enabled": True}
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
         self.engine = start_engine(self.model, settings)
 
     def missing(self, variant: Variant) -> str | None:

@@ -200,6 +200,7 @@ _SPEED_AND_NAMES = frozenset(
     """
     pretrain.data pretrain.validation_rows pretrain.num_workers pretrain.deterministic
     wall_clock_breakdown flops_profiler comms_logger memory_breakdown timers
+    zero_optimization.overlap_comm zero_optimization.reduce_bucket_size
     """.split()
 )
 """How fast steps are, how runs are judged, and what the data is called (its content is compared by its fingerprint)."""

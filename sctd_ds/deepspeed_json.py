@@ -99,7 +99,9 @@ def diagnose(raw: Block, pipeline: bool | None = None) -> list[Finding]:
         *_older_forms(raw),
         *_layout(zero_stage(raw), raw.get("sequence_parallel_size", 1), pipeline),
         *_pipeline_block(raw, pipeline),
+        *_sums_of_a_pipeline(raw, pipeline),
         *_random_ltd(raw),
+        *_host_stops(raw),
         *_unresolved(raw),
         *_no_method(raw),
     ]
@@ -459,6 +461,15 @@ def _pipeline_block(raw: Block, pipeline: bool) -> Iterator[Finding]:
         yield Finding("conflict", path, f"{path} cannot be used with token dropping", remedy, _removing(path))
 
 
+def _sums_of_a_pipeline(raw: Block, pipeline: bool) -> Iterator[Finding]:
+    """Gradients that are added up in fp32: DeepSpeed's pipeline looks for those of tied weights elsewhere, and finds none."""
+    path = "data_types.grad_accum_dtype"
+    dtype = _block(raw, "data_types").get("grad_accum_dtype")
+    if pipeline and _block(raw, "fp16").get("enabled") and dtype not in (None, "fp16", "float16", "half"):
+        why = f"{path}={json.dumps(dtype)} with fp16 in a pipeline: stages would not add up the gradient of the tied embedding"
+        yield Finding("conflict", path, why, "remove it, or use bf16", _removing(path))
+
+
 def _random_ltd(raw: Block) -> Iterator[Finding]:
     """DeepSpeed's own token dropping. It does nothing until the script also replaces the model's layers."""
     path, routing = "data_efficiency.data_routing", _block(raw, "data_efficiency", "data_routing")
@@ -471,6 +482,26 @@ def _switch_off_routing(config: Block) -> None:
     routing = config["data_efficiency"]["data_routing"]
     for block in (routing, _block(routing, "random_ltd")):
         block["enabled"] = False
+
+
+def _without_throughput_timer(config: Block) -> None:
+    config.setdefault("timers", {}).setdefault("throughput", {})["enabled"] = False
+
+
+THROUGHPUT_TIMER = Finding(
+    "warning",
+    "timers.throughput",
+    "timers.throughput: DeepSpeed's throughput timer is on, as it is by default, and stops the host twice per micro-batch",
+    'add "timers": {"throughput": {"enabled": false}}',
+    _without_throughput_timer,
+)
+
+
+def _host_stops(raw: Block) -> Iterator[Finding]:
+    """What keeps the host from running ahead of the device. pretrain.py switches the timer off."""
+    timer = {"enabled": True, "synchronized": True, **_block(raw, "timers", "throughput")}
+    if "pretrain" not in raw and timer["enabled"] and timer["synchronized"]:
+        yield THROUGHPUT_TIMER
 
 
 # "auto" values that pretrain.py replaces (see run/settings.py), and those that DeepSpeed itself understands.

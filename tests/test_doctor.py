@@ -18,7 +18,8 @@ from sctd_ds.run import settings
 
 SPARSE = {"mode": "fixed", "block": 16, "attention": "bidirectional"}
 LAMB = {"lr": 11e-3, "weight_decay": 0.01, "bias_correction": False, "max_coeff": 0.3, "min_coeff": 0.01}
-PLAIN = {"train_batch_size": 8, "sctd": {}}
+TIMER = {"throughput": {"enabled": False}}
+PLAIN = {"train_batch_size": 8, "timers": TIMER, "sctd": {}}
 
 # As published recipes have them: (blocks, what the doctor finds as kind and key, what the repaired configuration holds)
 CASES = {
@@ -26,6 +27,21 @@ CASES = {
         {"prescale_gradients": False, "optimizer": {"type": "Lamb", "params": LAMB}, "sparse_attention": SPARSE},
         [("refused", "sparse_attention")],
         {"optimizer": {"type": "Lamb", "params": LAMB}, "sparse_attention": None},
+    ),
+    "fp32 sums in a pipeline": (
+        {
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "fp16": {"enabled": True},
+            "zero_optimization": {"stage": 1},
+            "pretrain": {"stages": 2},
+        },
+        [("conflict", "data_types.grad_accum_dtype")],
+        {"data_types": {}},
+    ),
+    "throughput timer": (
+        {"timers": {"throughput": {"synchronized": True}}},
+        [("warning", "timers.throughput")],
+        {"timers": {"throughput": {"synchronized": True, "enabled": False}}},
     ),
     "layer-drop": (
         {"progressive_layer_drop": {"enabled": True, "theta": 0.5, "gamma": 0.001}},
@@ -220,7 +236,7 @@ def test_initialize_looks_past_the_blocks_that_arguments_replace():
 
 
 def test_findings_come_in_the_order_of_the_file():
-    raw = {"sparse_attention": {}, "train_batch_size": 8, "elasticity": {}, "amp": {}}
+    raw = {"sparse_attention": {}, "train_batch_size": 8, "elasticity": {}, "amp": {}, "timers": TIMER}
     assert [finding.key for finding in deepspeed_json.diagnose(raw)] == ["sparse_attention", "elasticity", "amp", "sctd"]
 
 
@@ -239,7 +255,7 @@ def test_the_command_reports_writes_and_spares_what_is_there(tmp_path):
     before = recipe.read_text()
     report = call_doctor(recipe, ready)
     assert report.returncode == 1
-    assert "lamb.json: 2 to do" in report.stdout and "ready.json: ready" in report.stdout
+    assert "lamb.json: 3 to do" in report.stdout and "ready.json: ready" in report.stdout
     assert "sparse_attention has been removed from DeepSpeed" in report.stdout and "-> remove it" in report.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lamb.json", "ready.json"]
 
@@ -247,6 +263,7 @@ def test_the_command_reports_writes_and_spares_what_is_there(tmp_path):
     written = tmp_path / "lamb.sctd.json"
     assert recipe.read_text() == before
     assert json.loads(written.read_text())["sctd"]["method"] == "sctd"
+    assert json.loads(written.read_text())["timers"] == TIMER
     written.write_text("edited")
     again = call_doctor(recipe, "--write")
     assert again.returncode == 2 and "is there already" in again.stderr and written.read_text() == "edited"

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from sctd_ds.config import ConfigError, ScTDConfig, one_line, read_json, sctd_block
-from sctd_ds.deepspeed_json import check, check_layout
+from sctd_ds.deepspeed_json import THROUGHPUT_TIMER, check, check_layout
 from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.engine.operations import compiling
 from sctd_ds.engine.pipeline import ScTDPipelineEngine
 from sctd_ds.engine.ranks import release_shared_memory, remove_leaked_memory
 from sctd_ds.method.convert import convert, is_converted, state_of
+
+logger = logging.getLogger(__name__)
 
 ENGINES: dict[type, type] = {DeepSpeedEngine: ScTDEngine, PipelineEngine: ScTDPipelineEngine}
 """The engines that `deepspeed.initialize` builds, and what they become."""
@@ -81,6 +85,9 @@ def attach(engine: Any) -> Any:
     # deepspeed.initialize chooses the class itself; the subclass adds no construction of its own.
     engine.__class__ = ENGINES.get(type(engine), type(engine))
     engine._attach()
+    timer, accelerator = engine.tput_timer.config, get_accelerator()
+    if timer.enabled and timer.synchronized and not accelerator.is_synchronized_device() and engine.global_rank == 0:
+        logger.warning("%s", THROUGHPUT_TIMER)
     release_shared_memory()
     return engine
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sctd_ds.engine import reader
 from sctd_ds.engine.random_state import file_of, random_state, set_random_state
+from sctd_ds.engine.zero import ZeroOptimizer, install
 from sctd_ds.method.convert import state_of
 from sctd_ds.method.objective import PARTS
 from sctd_ds.method.schedule import Mode, dropping_phase, step_mode
@@ -55,6 +56,7 @@ class StepLogic(DeepSpeedEngine):
         self._sums: dict[str, Tensor] = {}
         self._forwards = 0
         self.checkpoint_engine.load = reader.read  # DeepSpeed's own runs what a file tells it to
+        install(self.optimizer, dist.get_world_size(self._group()))
 
     @property
     def applied_steps(self) -> int:
@@ -95,26 +97,32 @@ class StepLogic(DeepSpeedEngine):
     def _agree(self) -> None:
         """Before the update, with one small all-reduce and one read-back: is every loss finite, does any rank want to stop?
 
-        A NaN or an infinity survives the sum over ranks, so all ranks see it and all raise. Ranks that compute no loss (all
-        but a pipeline's last stage) count for nothing in the means.
+        With ZeRO 1 and 2 the gradient's norm and overflow are read here, too. A NaN or an infinity survives the sum over ranks,
+        so all ranks see it and all raise. Ranks that compute no loss (all but a pipeline's last stage) count for nothing in the
+        means.
         """
-        known, zero = [name in self._sums for name in PARTS], torch.zeros((), device=self.device)
+        # Filled on the device: a list that is copied to it, torch.tensor(..., device=), stops the host.
+        zero, one = torch.zeros((), device=self.device), torch.ones((), device=self.device)
         means = [self._sums[name] / self._forwards if name in self._sums else zero for name in PARTS]
-        flags = torch.tensor([*known, self.stop_requested], dtype=torch.float32, device=self.device)
-        local = torch.cat([torch.stack(means), flags])
+        flags = [one if flag else zero for flag in (*(name in self._sums for name in PARTS), self.stop_requested)]
+        local = torch.stack([*means, *flags])
+        if isinstance(self.optimizer, ZeroOptimizer):
+            local = torch.cat([local, self.optimizer.gradient_sums()])
         self._sums, self._forwards = {}, 0
         total = local.clone()
         if dist.get_world_size(self._group()) > 1:
             dist.all_reduce(total, group=self._group())
         mine, everyone = torch.stack([local, total]).tolist()
         n = len(PARTS)
-        self.stop_agreed = everyone[-1] > 0
-        counts = everyone[n : 2 * n]
+        counts, (stop, *gradient_sums) = everyone[n : 2 * n], everyone[2 * n :]
+        self.stop_agreed = stop > 0
         self.step_parts = {name: x / c for name, x, c in zip(PARTS, everyone[:n], counts, strict=True) if c}
         if not math.isfinite(self.step_parts.get("loss", 0.0)):
             self.sctd.importance.discard()
             here = [name for name, value in zip(PARTS, mine[:n], strict=True) if not math.isfinite(value)]
             raise NonFiniteLossError(self.applied_steps + 1, here)
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self.optimizer.agree(gradient_sums)
 
     def parameter_names(self) -> dict[str, str]:
         """This rank's parameters: DeepSpeed's name -> the name in the model's state_dict."""

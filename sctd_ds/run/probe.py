@@ -26,6 +26,7 @@ from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.engine.initialize import initialize
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.random_state import random_state, set_random_state
+from sctd_ds.engine.zero import install, uninstall
 from sctd_ds.method.schedule import Mode, mean_cost, modes
 from sctd_ds.run.models import build_optimizer
 from sctd_ds.run.settings import RunConfig
@@ -112,10 +113,14 @@ def start_engine(model: nn.Module, settings: Mapping[str, Any], optimizer: torch
 def choose_step(engine: Any, mode: Mode, untouched: bool = False) -> None:
     """Make the coming steps of a data-parallel engine those of `mode`.
 
-    untouched: under DeepSpeed's own engine, for a model whose own forward was put back. (Ours extends that engine without
-    construction of its own.)
+    untouched: under DeepSpeed's own engine and optimizer, for a model whose own forward was put back. (Ours extend them without
+    construction of their own.)
     """
     engine.__class__ = DeepSpeedEngine if untouched else ScTDEngine
+    if untouched:
+        uninstall(engine.optimizer)
+    else:
+        install(engine.optimizer, dist.get_world_size(engine.seq_data_parallel_group))
     engine.forced_mode = mode
 
 

@@ -128,6 +128,8 @@ def load(
     pipelines = replicas(world_size, pretrain.stages)
     micro, accumulation = _resolve_batch(deepspeed, pipelines)
     _resolve_schedule(deepspeed, pretrain)
+    # The run records its own throughput; DeepSpeed's timer would stop the host twice per micro-batch.
+    deepspeed.setdefault("timers", {"throughput": {"enabled": False}})
     optimizer = _take_apex_optimizer(deepspeed)
     notes = _resolve_precision(deepspeed) + _warnings(deepspeed, optimizer)
     _rehearse(deepspeed)

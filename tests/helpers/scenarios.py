@@ -105,7 +105,7 @@ def run_scenarios(module: str, folder: Path, ranks: int) -> list[Rank]:
 
 def scenarios(module: ModuleType, world: int) -> Iterator[tuple[Callable, tuple]]:
     """The scenarios of a file for launches of `world` ranks, in order: each function with each case's arguments."""
-    for function in vars(module).values():
+    for function in list(vars(module).values()):
         marked = hasattr(function, "cases") and function.__module__ == module.__name__
         if marked and (function.worlds is None or world in function.worlds):
             yield from ((function, case) for case in function.cases)
