@@ -227,7 +227,8 @@ def refused(small_data, tmp_path, monkeypatch, capsys):
     return start
 
 
-def test_missing_data_says_how_to_build_it_and_what_works_at_once(refused):
+def test_missing_data_says_how_to_build_it_and_what_works_at_once(refused, monkeypatch):
+    monkeypatch.chdir(refused.folder)  # as in a fresh clone, there is no folder "data": this is no name of a Hub data set
     said = refused("--data", "data/my")
     assert said.startswith("pretrain: data/my: no such file or folder")
     assert "`python -m sctd_ds.data build my.txt --out data/my`" in said and "`--data python-docs`" in said

@@ -88,7 +88,8 @@ def _is_hub(source: str) -> bool:
     if not _HUB.fullmatch(source):
         return False
     path = Path(source)
-    return not (os.path.exists(path) or path.parent.exists() or _suffix(path) in _READERS)
+    ours = path.parts[0] == "data"  # where this project's own commands put data sets, there already or not
+    return not (ours or os.path.exists(path) or path.parent.exists() or _suffix(path) in _READERS)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

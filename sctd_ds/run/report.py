@@ -296,7 +296,8 @@ def _plot_losses(panel: Any, report: Report, records: Sequence[Record]) -> None:
             drawn += values
             if event == "train" and (window := len(values) // 40) > 1:
                 smooth = np.convolve(values, np.full(window, 1 / window), "valid")
-                panel.plot(steps[window - 1 :], smooth, color=line.get_color(), label=f"{metric.label}, mean of {window} steps")
+                middle = steps[window // 2 :][: len(smooth)]
+                panel.plot(middle, smooth, color=line.get_color(), label=f"{metric.label}, mean of {window} steps")
     if report.unigram_loss is not None:
         panel.axhline(report.unigram_loss, color="k", lw=1, ls="--", label="word frequencies alone")
     if drawn:
