@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml setup.py
 	touch $@
 
 demo: $(VENV)/installed
-	PATH=$(CURDIR)/$(BIN):$$PATH deepspeed --num_gpus 1 pretrain.py --deepspeed_config ds_configs/tiny.json
+	$(BIN)/sctd pretrain --deepspeed_config tiny
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

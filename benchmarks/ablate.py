@@ -291,14 +291,15 @@ def export_point(folder: Path, step: int) -> Path:
         weights, learned = Model(folder.name, str(folder / "model"), folder, checkpoint).read_checkpoint()
     except (EvalError, OSError) as error:
         raise SystemExit(f"--points needs the checkpoints of a run that began with it: {error}") from error
-    model = transformers.AutoModelForMaskedLM.from_pretrained(folder / "model")
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder / "model", trust_remote_code=False)
     model.load_state_dict(weights)
     if learned:  # export writes the table of a converted model
         about = {"drop_ratio": learned.drop_ratio, "importance": learned.policy, "keep_token_ids": []}
         sctd_ds.convert(model, sctd_ds.ScTDConfig(**about))
         sctd_ds.importance(model).scores.copy_(learned.scores)  # only these: the counts behind them are not needed
     target.parent.mkdir(exist_ok=True)
-    sctd_ds.export(model, target, transformers.AutoTokenizer.from_pretrained(folder / "model"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
+    sctd_ds.export(model, target, tokenizer)
     shutil.rmtree(checkpoint)
     return target
 

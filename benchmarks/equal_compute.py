@@ -3,10 +3,11 @@
     python -m benchmarks.equal_compute --out runs/equal-compute
     python -m benchmarks.equal_compute --out runs/equal-compute --regime trunk --arms "dense-*" sctd-0 random-0 --seeds 0 1
 
-A small BERT learns a generated language, in this process and on one CPU thread, without DeepSpeed. Each arm trains for as many
-steps as the budget buys, with its own linear decay to zero. Two regimes: "scratch", and "trunk", where all arms of a seed
-continue from one dense model that was trained at a constant rate. Dense training runs at 0.75 to 1.35 of the budget, so that
-each arm's loss can be read as operations that dense training needs for it: the compute multiplier.
+A small BERT learns a generated language, or a text of yours, in this process and on one CPU thread, without DeepSpeed. Each arm
+trains for as many steps as the budget buys, with its own linear decay to zero. Two regimes: "scratch", and "trunk", where all
+arms of a seed continue from one dense model that was trained at a constant rate, on the same text or on another
+(--trunk-text). Dense training runs at 0.75 to 1.35 of the budget, so that each arm's loss can be read as operations that dense
+training needs for it: the compute multiplier.
 
 An arm's name is its method and its dense_start, a share of its steps: random-0.2 drops random tokens after a dense first
 fifth; random-0.2-finish is dense in its last fifth as well. Two arms are dense training whose steps cost about a quarter less:
@@ -49,10 +50,13 @@ HELP = {
     "intermediate": "width of the feed-forward layers",
     "length": "tokens per row",
     "rows": "rows per step",
+    "text": 'what the arms learn: "language", "language:SEED" (other words), or a source of `python -m sctd_ds.data build`',
+    "trunk_text": "what the trunk learned; its vocabulary covers both texts",
     "dropout": "dropout of hidden states and attention",
     "initializer": "standard deviation of the first weights",
-    "documents": "documents of the generated language",
-    "lexicon": "size of the language's lexicon, against the default one",
+    "documents": "documents of a generated language",
+    "lexicon": "size of a generated language's lexicon, against the default one",
+    "vocabulary": "most entries of the vocabulary",
     "labels": "labelled tokens of the validation set, at least",
 }
 
@@ -72,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     group = made.add_argument_group("model, data and budget, the same for all runs of a folder")
     for field in fields(Study):
         kind, about = type(field.default), f"{HELP[field.name]} (default: %(default)s)"
-        metavar = "N" if kind is int else "X"
+        metavar = {int: "N", float: "X", str: "TEXT"}[kind]
         group.add_argument(flag(field.name), type=kind, default=field.default, metavar=metavar, help=about)
     return made
 
@@ -109,20 +113,19 @@ def carry_out(options: argparse.Namespace) -> None:
             for seed, regime, (name, arm) in itertools.product(options.seeds, options.regime, arms.items())
             if not (regime == "trunk" and arm.fewer_layers) and not is_finished(study, options.out, regime, name, arm, seed)
         ]
-        text = read_text(study, options.out / "data") if missing else None
+        texts = {regime: read_text(study, options.out / "data", regime) for regime in {run[0] for run in missing}}
         with tqdm(missing, unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
             for regime, name, arm, seed in bar:
                 bar.set_description(f"{regime} {name} seed {seed}")
-                assert text is not None
-                finish(study, text, options.out, regime, name, arm, seed)
+                finish(study, texts[regime], options.out, regime, name, arm, seed)
     print(write(options.out))
 
 
 def check(study: Study, seeds: list[int]) -> None:
     """Raise ConfigError for values that no run can have."""
     for field in fields(Study):
-        value, least = getattr(study, field.name), 0 if field.name in ("warmup", "dropout") else None
-        if value < 0 or (least is None and value == 0):
+        value, may_be_zero = getattr(study, field.name), field.name in ("warmup", "dropout")
+        if not isinstance(value, str) and (value < 0 or (value == 0 and not may_be_zero)):
             raise ConfigError(f"{flag(field.name)} {value}: expected more than 0")
     if study.layers < 4:
         raise ConfigError(f"--layers {study.layers}: dropping tokens needs at least 4")
@@ -165,7 +168,7 @@ def finish(study: Study, text: Text, out: Path, regime: Regime, name: str, arm: 
             make_trunk(study, text, seed, trunk)
         settings = torch.load(trunk, weights_only=True)["settings"]
         wanted = {key: value for key, value in study.settings("trunk").items() if key != "trunk_budget"}
-        compare(trunk, settings, {**wanted, "data": text.packed.meta.fingerprint})
+        compare(trunk, settings, {**wanted, "data": text.trunk.meta.fingerprint})
     record = run(study, text, regime, arm, seed, trunk)
     write_json(file_of(out, regime, name, seed), {"regime": regime, "arm": name, "seed": seed, **record})
 

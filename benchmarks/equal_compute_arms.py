@@ -93,19 +93,26 @@ class Study:
     """Tokens per row, [CLS] and [SEP] included."""
     rows: int = 48
     """Rows per step."""
+    text: str = "language"
+    """What the arms learn: "language", the generated one, "language:SEED" for one with other words, or what `data.build`
+    takes as a source."""
+    trunk_text: str = "language"
+    """What the trunk learned."""
     dropout: float = 0.1
     initializer: float = 0.02
     """Standard deviation of the first weights."""
     documents: int = 120_000
-    """Documents of the generated language, training and held-out together."""
+    """Documents of a generated language, training and held-out together."""
     lexicon: float = 1.0
-    """Size of the language's lexicon against the default one."""
+    """Size of a generated language's lexicon against the default one."""
+    vocabulary: int = 8000
+    """Most entries of the vocabulary."""
     labels: int = 100_000
     """Labelled tokens of the validation set, at least."""
 
     def settings(self, regime: Regime) -> dict[str, Any]:
         """The values that matter in a regime."""
-        other = ("budget",) if regime == "trunk" else ("trunk_steps", "trunk_budget")
+        other = ("budget",) if regime == "trunk" else ("trunk_steps", "trunk_budget", "trunk_text")
         return {name: value for name, value in asdict(self).items() if name not in other}
 
     def budget_of(self, regime: Regime) -> int:

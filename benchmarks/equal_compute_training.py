@@ -44,6 +44,8 @@ class Text:
     """Rows to train on, and the validation set as batches, the same for every run."""
 
     packed: data.PackedData
+    trunk: data.PackedData
+    """The rows of the trunk: those of `packed`, or another text's with the same vocabulary."""
     validation: list[data.Batch]
     beginning: list[data.Batch]
     """The first rows of the validation set, for the points along a run."""
@@ -59,27 +61,47 @@ class Text:
         return -(-len(self.packed.tokenizer) // 8) * 8
 
 
-def read_text(study: Study, folder: Path) -> Text:
-    """The generated language, written and packed once into `folder`. Raises ConfigError where it is too short to validate."""
+def read_text(study: Study, folder: Path, regime: Regime) -> Text:
+    """The text of a regime, packed once into `folder`. Where the trunk learned another one, both have one vocabulary.
+
+    Raises ConfigError where the text is too short to validate.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    source = folder / f"text-{study.documents}-{study.lexicon:g}.txt"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one writes, and the others find the file
-        if not source.exists():
-            language = Language(**{name: max(20, round(study.lexicon * size)) for name, size in LEXICON.items()})
-            documents = "\n\n".join(language.documents(study.documents))
-            write_whole(source, lambda path: path.write_text(documents, encoding="utf-8"))
-    built = data.prepare(str(source), folder, vocab_size=8000, seq_length=study.length, validation_fraction=HELD_OUT)
-    packed = data.load(built)
+    source, options = _source(study, study.text, folder), {"seq_length": study.length, "validation_fraction": HELD_OUT}
+    build = partial(data.prepare, cache_dir=folder, vocab_size=study.vocabulary, **options)
+    if regime == "trunk" and study.trunk_text != study.text:
+        before = _source(study, study.trunk_text, folder)
+        tokenizer = str(build([before, source]) / "tokenizer")
+        packed, of_trunk = (data.load(build(each, tokenizer=tokenizer)) for each in (source, before))
+    else:
+        packed = of_trunk = data.load(build(source))
     masker = data.Masker(packed.tokenizer, 0)
     rows = math.ceil(study.labels / masker.labels_per_row(study.length))
     if rows > len(packed.validation):
         raise ConfigError(
-            f"--labels {study.labels} needs {rows} held-out rows, and {study.documents} documents give "
-            f"{len(packed.validation)}: raise --documents"
+            f"--labels {study.labels} needs {rows} held-out rows, and {source} gives {len(packed.validation)}: "
+            "raise --documents of a generated language, or give more --text"
         )
     batches = partial(data.validation_batches, packed.validation.select(range(rows)), masker, batch_size=VALIDATION_ROWS)
-    return Text(packed, list(batches()), list(batches(max_batches=math.ceil(POINT_ROWS / VALIDATION_ROWS))))
+    beginning = batches(max_batches=math.ceil(POINT_ROWS / VALIDATION_ROWS))
+    return Text(packed, of_trunk, list(batches()), list(beginning))
+
+
+def _source(study: Study, text: str, folder: Path) -> str:
+    """A text as `data.build` takes it; a generated language is written into `folder` first."""
+    name, _, seed = text.partition(":")
+    if name != "language":
+        return text
+    if not (seed or "0").isdecimal():
+        raise ConfigError(f'{text}: expected "language" or "language:SEED", with a whole number')
+    path = folder / f"language-{seed or 0}-{study.documents}-{study.lexicon:g}.txt"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one writes, and the others find the file
+        if not path.exists():
+            sizes = {name: max(20, round(study.lexicon * size)) for name, size in LEXICON.items()}
+            documents = "\n\n".join(Language(int(seed or 0), **sizes).documents(study.documents))
+            write_whole(path, lambda partial: partial.write_text(documents, encoding="utf-8"))
+    return str(path)
 
 
 def costs(study: Study, text: Text) -> Costs:
@@ -92,10 +114,12 @@ def costs(study: Study, text: Text) -> Costs:
 class Trainer:
     """A model of one seed, its optimizer, its data and its clock. A step is what a loop of a user's own would do.
 
-    method: the schedule. arm: for its layers and rows. position: rows of the training data that were used before.
+    method: the schedule. arm: for its layers and rows. rows: the training data; position: how many of them were used before.
     """
 
-    def __init__(self, study: Study, text: Text, arm: Arm, method: ScTDConfig, seed: int, position: int = 0) -> None:
+    def __init__(
+        self, study: Study, text: Text, arm: Arm, method: ScTDConfig, seed: int, rows: data.PackedData, position: int = 0
+    ) -> None:
         transformers.set_seed(seed)
         sizes = transformers.BertConfig(
             vocab_size=text.vocabulary,
@@ -115,9 +139,8 @@ class Trainer:
         self.model = sctd_ds.convert(transformers.BertForMaskedLM(sizes), method).train()
         self.clock = sctd_ds.StepClock(self.model)
         self.optimizer = torch.optim.AdamW(_groups(self.model), betas=(0.9, 0.98), eps=1e-6, fused=True)
-        rows = arm.rows(study.rows)
         self._batches = data.Loader(
-            text.packed.train, masker, micro_batch=rows, accumulation=1, rank=0, world=1, seed=seed, start=position
+            rows.train, masker, micro_batch=arm.rows(study.rows), accumulation=1, rank=0, world=1, seed=seed, start=position
         )
         torch.manual_seed(seed + 1)  # of dropout: the same for every arm
 
@@ -156,12 +179,12 @@ def rate_at(study: Study, regime: Regime, step: int, steps: int) -> float:
 def make_trunk(study: Study, text: Text, seed: int, path: Path) -> None:
     """Train the dense trunk of a seed at a constant rate after warm-up, and write weights, optimizer, table and loss."""
     # Nothing is dropped: the method is there for the table, which learns from the dense steps' losses.
-    trainer = Trainer(study, text, Arm({}), ScTDConfig(dense_start=study.trunk_steps), seed)
+    trainer = Trainer(study, text, Arm({}), ScTDConfig(dense_start=study.trunk_steps), seed, text.trunk)
     start, losses = time.process_time(), []
     for step in range(1, study.trunk_steps + 1):
         losses.append(trainer.step(study.rate * min(1.0, step / study.warmup if study.warmup else 1.0))[1])
     state = {
-        "settings": {**study.settings("trunk"), "data": text.packed.meta.fingerprint},
+        "settings": {**study.settings("trunk"), "data": text.trunk.meta.fingerprint},
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "importance": sctd_ds.importance(trainer.model).state_dict(),
@@ -175,8 +198,9 @@ def make_trunk(study: Study, text: Text, seed: int, path: Path) -> None:
 
 def start(study: Study, text: Text, regime: Regime, arm: Arm, steps: int, seed: int, trunk: Path | None) -> Trainer:
     """The trainer of an arm before its first step: a new model, or the trunk's, with its optimizer and its table."""
-    position = study.trunk_steps * study.rows if regime == "trunk" else 0
-    trainer = Trainer(study, text, arm, arm.config(steps), seed, position)
+    goes_on = regime == "trunk" and text.trunk is text.packed
+    position = study.trunk_steps * study.rows if goes_on else 0
+    trainer = Trainer(study, text, arm, arm.config(steps), seed, text.packed, position)
     if regime == "trunk":
         assert trunk is not None
         state = torch.load(trunk, weights_only=True)

@@ -4,7 +4,8 @@ The tests use triton's interpreter on machines without a GPU. It misses type err
 and register spills, which building the cubins finds. This script calls the operators themselves with every
 block size of their launch tables and every dtype, aligned and unaligned, and intercepts their launches before
 the driver. It compiles each distinct launch for every architecture and prints one line for it. The exit
-status is 1 if a kernel spills registers, or if one that moves aligned rows does not use accesses of 16 bytes.
+status is 1 if a kernel spills registers or needs more shared memory than a block may have, or if one that moves
+aligned rows does not use accesses of 16 bytes, or does not load ahead although it loops over a row.
 """
 
 import itertools
@@ -30,10 +31,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = {80: 163 << 10, 90: 227 << 10}
+"""Bytes of shared memory that one block may have."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
 WIDE = ("take_rows_kernel", "split_rows_kernel", "softmax_kl_kernel", "softmax_kl_backward_kernel", "cross_entropy_kernel")
+PIPELINED = ("cross_entropy_kernel",)
 TYPE_NAMES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -138,7 +141,7 @@ def launch_all() -> Iterator[str]:
                 torch.empty(32, 1, dtype=dtype), torch.empty(32, dtype=torch.int64), -100, False
             )
         for integer in INTEGERS:
-            logits = floats(32, 2 * cross_entropy.BLOCK_V, dtype=dtype, aligned=aligned)
+            logits = floats(32, 8 * cross_entropy.BLOCK_V - 64, dtype=dtype, aligned=aligned)
             labels = torch.empty(32, dtype=integer)
             yield f"{name} {TYPE_NAMES[integer]}"
             cross_entropy.cross_entropy_forward(logits, labels, -100, False)
@@ -186,11 +189,19 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def access_width(ptx: str) -> int:
     """The width in bytes of those accesses to global memory that move the most bytes."""
+    widths = [
+        int(count or 1) * int(bits) // 8
+        for count, bits in re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\b", ptx)
+    ]
     moved: Counter[int] = Counter()
-    for count, bits in re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\b", ptx):
-        width = int(count or 1) * int(bits) // 8
+    for width in widths + ahead(ptx):
         moved[width] += width
     return moved.most_common(1)[0][0] if moved else 0
+
+
+def ahead(ptx: str) -> list[int]:
+    """The widths in bytes of the loads that a kernel starts before it needs them."""
+    return [int(width, 0) for width in re.findall(r"\bcp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)]
 
 
 def compile_one(job: tuple[int, int]) -> tuple[str, str]:
@@ -205,10 +216,15 @@ def compile_one(job: tuple[int, int]) -> tuple[str, str]:
         f"{launch.name:29} sm_{architecture} {launch.label:27} {blocks:20} warps {launch.num_warps:2}  "
         f"registers {registers:3}  shared {kernel.metadata.shared:5}  access {access:2}  spills {spills}"
     )
+    aligned = "unaligned" not in launch.label
     if spills:
         return line, "spills registers: use smaller blocks or more warps"
-    if access < 16 and launch.name in WIDE and "unaligned" not in launch.label:
+    if kernel.metadata.shared > ARCHITECTURES[architecture]:
+        return line, "needs more shared memory than a block may have: use smaller blocks or fewer stages"
+    if access < 16 and launch.name in WIDE and aligned:
         return line, "moves aligned rows in narrow accesses: check its masks and pointers"
+    if launch.name in PIPELINED and aligned and not ahead(kernel.asm["ptx"]):
+        return line, "does not load ahead: check the stages of its loop"
     return line, ""
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from sctd_ds.config import ConfigError
 from sctd_ds.run import metrics
+from sctd_ds.run.output import OutputError
 
 EQUAL = 0.02
 """Operations that differ by no more than this share count as equal."""
@@ -50,6 +51,9 @@ def read(folder: Path) -> Finished:
     if not report.get("validation") or not report.get("validated_on"):
         raise ConfigError(f"{file} does not say what the run was validated on: it is of an earlier version, or not validated")
     records = metrics.read(folder / "metrics.jsonl")
+    steps = [record["step"] for record in metrics.of("train", records)]
+    if steps != list(range(steps[0] if steps else 1, report["steps"] + 1)):
+        raise ConfigError(f"{folder / 'metrics.jsonl'}: records of some steps are missing, so operations cannot be counted")
     curve = metrics.curve(records, report["flops_per_sequence"], report["global_batch"])
     return Finished(str(folder), report, curve)
 
@@ -134,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError("give at least two runs")
         runs = [read(folder) for folder in given.run]
         check(runs)
-    except ConfigError as error:
+    except (ConfigError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     text = table(runs)

@@ -49,7 +49,7 @@ def test_sweeps_share_runs_of_equal_settings(tmp_path):
     assert [run.seed for run in ordered[:18]] == [0] * 6 + [1] * 6 + [2] * 6  # the first sweep, seed by seed
 
 
-@pytest.mark.parametrize(("config", "layers"), [("tiny", 9), ("large", 18)])
+@pytest.mark.parametrize(("config", "layers"), [("tiny", 5), ("large", 18)])
 def test_fewer_layers_is_a_dense_model_of_about_the_operations_of_token_drop(tmp_path, config, layers):
     options = ablation_options(tmp_path, sweep=["method"], config=ROOT / "ds_configs" / f"{config}.json")
     (run, *_) = plan(options)["method"]["fewer layers"]
@@ -273,14 +273,14 @@ def test_tables_hold_finished_runs_only(tmp_path):
 
 def tiny_shape(layers: int) -> Shape:
     """The shape of ds_configs/tiny.json with this many layers."""
-    return Shape(layers, hidden=128, intermediate=512, vocabulary=8192, length=128, labels=20)
+    return Shape(layers, hidden=64, intermediate=256, vocabulary=1024, length=16, labels=2)
 
 
 @pytest.mark.parametrize("finished", [("dense", "sctd", "fewer layers"), ("fewer layers",)])
 def test_operations_are_counted_against_the_base_s_depth_whatever_is_finished(tmp_path, finished):
     options = ablation_options(tmp_path, sweep=["method"], seeds=1)
     runs = plan(options)
-    whole, shallow = (sequence_flops(tiny_shape(layers), ScTDConfig(), "dense") for layers in (12, 9))
+    whole, shallow = (sequence_flops(tiny_shape(layers), ScTDConfig(), "dense") for layers in (6, 5))
     reported = {"dense": (0.0, whole), "sctd": (0.2, whole), "fewer layers": (0.0, shallow)}
     for variant in finished:
         saved, dense_flops = reported[variant]
@@ -296,7 +296,7 @@ def test_every_variant_counts_its_operations_in_dense_steps_of_the_base(tmp_path
     """Its own report suffices, because a variant changes a dense step only by its number of layers."""
     options = ablation_options(tmp_path, seeds=1, overrides=[f"sctd.last_layer={last_layer}"])
     base = load(options.config, options.overrides)
-    dense = sequence_flops(tiny_shape(12), base.sctd, "dense")
+    dense = sequence_flops(tiny_shape(6), base.sctd, "dense")
     for run in in_order(plan(options)):
         config = configured(run, options)[0]
         shape = tiny_shape(config.pretrain.model["num_hidden_layers"])

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-import pretrain
 import sctd_ds
 from helpers.families import FAMILIES, build, rows
 from helpers.runs import settings, write_settings
-from sctd_ds import ConfigError
+from sctd_ds import ConfigError, pretrain
 from sctd_ds.integrations import apex
 from sctd_ds.run import job, metrics
 

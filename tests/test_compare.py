@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-import pretrain
 from helpers.runs import settings, write_settings
-from sctd_ds import ConfigError, compare
+from sctd_ds import ConfigError, compare, pretrain
 from sctd_ds.method.flops import Shape, sequence_flops
 from sctd_ds.method.schedule import step_mode
 from sctd_ds.run import control, job, metrics

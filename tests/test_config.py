@@ -9,10 +9,9 @@ import deepspeed
 import pytest
 from transformers import BertConfig
 
-import pretrain
 from helpers import ROOT, mutations
 from helpers.runs import settings, write_settings
-from sctd_ds import ConfigError, ScTDConfig, config, deepspeed_json
+from sctd_ds import ConfigError, ScTDConfig, config, deepspeed_json, pretrain
 from sctd_ds.engine import checkpoint, ranks
 from sctd_ds.run import job
 from sctd_ds.run import settings as settings_module
@@ -43,7 +42,7 @@ def test_baselines_differ_in_method_and_name_only(file, baseline):
 def test_the_tiny_run_fits_on_two_pipeline_stages():
     changes = ["pretrain.stages=2", "zero_optimization.stage=1", "gradient_accumulation_steps=4"]
     run = job.load(ROOT / "ds_configs" / "tiny.json", changes, world_size=2)
-    assert (run.ranks, run.world_size, run.micro_batch, run.accumulation) == (2, 1, 8, 4)
+    assert (run.ranks, run.world_size, run.micro_batch, run.accumulation) == (2, 1, 64, 4)
 
 
 def test_the_method_of_the_file_leaves_its_name(tmp_path):

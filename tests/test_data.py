@@ -22,9 +22,10 @@ from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from sctd_ds import data
 from sctd_ds.data import DataError, Loader, Masker, validation_batches
+from sctd_ds.data import packed as packed_module
 from sctd_ds.data.__main__ import main
 from sctd_ds.data.packed import _Packer
-from sctd_ds.data.sources import BLOCK, documents
+from sctd_ds.data.sources import BLOCK, cut, documents
 
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 
@@ -272,6 +273,48 @@ def test_a_failure_after_reading_leaves_nothing(texts, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
+def test_a_killed_builds_folder_goes_with_the_next_build_and_nothing_else_does(built, texts, tmp_path):
+    source, out = str(write_jsonl(tmp_path / "a.jsonl", texts)), tmp_path / "out"
+    build = (
+        "import os, signal, sys; from sctd_ds import data; from sctd_ds.data import packed; "
+        "packed._pack = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+        "data.build([sys.argv[1]], sys.argv[2], vocab_size=300, seq_length=32)"
+    )
+    assert subprocess.run([sys.executable, "-c", build, source, str(out)], check=False).returncode == -9
+    assert len([name for name in os.listdir(tmp_path) if name.startswith(".out.building.")]) == 1
+    others = [".out.backup", ".out.notes", ".output.building.a", "[o]ut"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    data.build([source], out, vocab_size=300, seq_length=32)
+    assert sorted(os.listdir(tmp_path)) == sorted(["a.jsonl", "out", *others])
+
+
+def test_the_only_copy_left_by_a_kill_between_two_renames_stays(built, texts, tmp_path):
+    """`build --overwrite` was killed when the old data set had gone and the new one was not there; the next build fails."""
+    import shutil
+
+    shutil.copytree(built, tmp_path / ".out.building.old")
+    with pytest.raises(DataError, match=r"gone\.txt|no text"):
+        data.build([str(write_jsonl(tmp_path / "a.jsonl", []))], tmp_path / "out")
+    assert data.load(tmp_path / ".out.building.old", verify=True)
+
+
+def test_two_builds_of_one_folder_are_refused(texts, tmp_path, monkeypatch):
+    source, out = str(write_jsonl(tmp_path / "a.jsonl", texts)), tmp_path / "out"
+    options = {"vocab_size": 300, "seq_length": 32}
+    pack, refused = packed_module._pack, []
+
+    def second_build(*arguments):
+        with pytest.raises(DataError, match="another process is building it"):
+            data.build([source], out, **options)
+        refused.append(1)
+        return pack(*arguments)
+
+    monkeypatch.setattr(packed_module, "_pack", second_build)
+    data.build([source], out, **options)
+    assert refused and sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 BAD_FILES = {
@@ -290,6 +333,10 @@ BAD_FILES = {
     "list.jsonl": (b"[1]\n", r"line 1: expected an object with a column 'text', got list"),
     "half.jsonl": (b'{"text": "a\\ud800"}\n', r"line 1: column 'text' holds half a surrogate pair"),
     "nulls.jsonl": (b'{"text": null}\n', r"there is no text in it"),
+    "digits.jsonl": (
+        b'{"text": "a"}\n{"text": "a", "n": ' + b"1" * 5000 + b"}",
+        r"line 2: a number with more than 4300 digits",
+    ),
     "bad.json": (b'[{"text": "a"},\n {"text" 3}]', r"bad\.json, line 2, column 10: not valid JSON"),
     "bad.parquet": (b"PAR1 not really", r"bad\.parquet: not a readable Parquet file"),
     "table.csv": (b"text\na\n", r"unknown file type; expected one of \.txt, "),
@@ -343,6 +390,74 @@ def test_bad_places_get_one_line(built, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["given", "in a folder"])
+def test_what_is_no_regular_file_is_refused_instead_of_read(tmp_path, inside):
+    """Reading a pipe that nobody writes to never ends."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name, make, message in [
+        ("pipe.txt", os.mkfifo, r"pipe\.txt: not a regular file"),
+        ("self.txt", lambda path: path.symlink_to(path), r"self\.txt: cannot be read \(Too many levels of symbolic links\)"),
+    ]:
+        make(folder / name)
+        for use in (lambda source: data.build([source], tmp_path / "out"), lambda source: data.prepare(source, tmp_path / "c")):
+            with pytest.raises(DataError, match=message):
+                use(str(folder if inside else folder / name))
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "a source is empty"),
+        ("a\0b.txt", "cannot be read .*null"),
+        ("x" * 5000, "File name too long"),
+        ("owner/" + "x" * 5000, "File name too long"),
+        ("~nobody-of-this-name/a.txt", "no such file or folder"),
+    ],
+    ids=["empty", "NUL", "long", "long Hub name", "unknown user"],
+)
+def test_a_name_that_cannot_be_a_path_gets_one_line(tmp_path, source, message):
+    with pytest.raises(DataError, match=message):
+        data.prepare(source, tmp_path / "cache")
+    with pytest.raises(DataError, match=message):
+        data.build([source], tmp_path / "out")
+    for out in ("a\0b", "x" * 5000):
+        with pytest.raises(DataError, match="cannot be written"):
+            data.build(["python-docs:1KB"], tmp_path / out)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("a \n", max_size=4 * 16))
+def test_cut_gives_the_pieces_that_cutting_off_one_after_the_other_gives(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sctd_ds.data.sources.BLOCK", 16)
+        found, rest = list(cut(text)), text
+        for piece in found:
+            end = max(rest.rfind("\n", 1, 16), 0) or max(rest.rfind(" ", 1, 16), 0) or 16
+            assert piece == (rest[:end] if len(rest) > 16 else rest)
+            rest = rest[len(piece) :]
+        assert not rest
+
+
+class Counted(str):
+    """A text that counts the characters copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, key):
+        part = super().__getitem__(key)
+        Counted.copied += len(part)
+        return Counted(part)
+
+
+@pytest.mark.parametrize("separator", ["\n", " ", ""])
+def test_cut_copies_a_text_once(separator):
+    text = Counted((separator + "abcdefg") * 20 * BLOCK)
+    Counted.copied = 0
+    assert "".join(cut(text)) == text and Counted.copied == len(text)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -380,6 +495,8 @@ def test_bad_settings_get_one_line(tmp_path, options, message):
         ("remove meta.json", "not a built data set"),
         ("shorten meta.json", "meta.json: damaged"),
         ("edit meta.json", "meta.json: damaged|format"),
+        ("nest meta.json", "meta.json: damaged"),
+        ("empty meta.json", "meta.json: damaged"),
     ],
 )
 def test_damaged_folder_is_refused(built, tmp_path, damage, message):
@@ -395,6 +512,10 @@ def test_damaged_folder_is_refused(built, tmp_path, damage, message):
     elif kind == "flip":
         content[len(content) // 2] ^= 1
         (copy / name).write_bytes(content)
+    elif kind == "nest":
+        (copy / name).write_bytes(b"[" * 100_000)
+    elif kind == "empty":
+        (copy / name).write_text(json.dumps({**json.loads(content), "files": {"a": []}}))
     else:
         (copy / name).write_bytes(content.replace(b"{", b'{"added": 1, ', 1))
     with pytest.raises(DataError, match=message):
@@ -545,6 +666,21 @@ def test_label_count_depends_on_the_length_only(tokenizer):
     assert labels[2].tolist() == [-100, 77] + [-100] * 62
     special = np.isin(batch, list(SPECIAL.values()))
     assert (ids[special] == batch[special]).all() and (labels[special] == -100).all()
+
+
+@pytest.mark.parametrize("wrong", [-1, -999, 1000, 2**31 - 1])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_id_that_is_not_of_the_tokenizer_is_named(tokenizer, wrong, workers):
+    rows = np.array(make_rows(12)["input_ids"])
+    rows[7, 3] = wrong
+    rows = Dataset.from_dict({"input_ids": rows.tolist()})
+    masker = Masker(tokenizer, 0)
+    loader = Loader(rows, masker, micro_batch=12, accumulation=1, rank=0, world=1, seed=0, num_workers=workers)
+    message = f"row 7 of the data holds the id {wrong}, and the tokenizer's go from 0 to 999: the data are damaged"
+    with pytest.raises(DataError, match=message):
+        next(loader)
+    with pytest.raises(DataError, match=message):
+        list(validation_batches(rows, masker, batch_size=12))
 
 
 def test_masker_refuses_nonsense(tokenizer):

@@ -29,7 +29,7 @@ def command(out, *arguments: str) -> int:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    return read_text(TINY, tmp_path_factory.mktemp("equal-compute") / "data")
+    return read_text(TINY, tmp_path_factory.mktemp("equal-compute") / "data", "trunk")
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,34 @@ def test_wrong_arguments_are_one_line(arguments, words, capsys, tmp_path, monkey
 
 def test_a_held_out_set_with_too_few_labels_is_refused(text, tmp_path):
     with pytest.raises(ConfigError, match="raise --documents"):
-        read_text(replace(TINY, labels=10**6), tmp_path)
+        read_text(replace(TINY, labels=10**6), tmp_path, "scratch")
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """Another language than that of the trunk."""
+    return read_text(replace(TINY, text="language:1"), tmp_path_factory.mktemp("moved"), "trunk")
+
+
+def test_a_trunk_of_another_text_shares_the_vocabulary_and_no_rows(text, moved, tmp_path):
+    study = replace(TINY, text="language:1")
+    vocabulary = moved.packed.tokenizer.get_vocab()
+    assert vocabulary == moved.trunk.tokenizer.get_vocab() != text.packed.tokenizer.get_vocab()
+    assert moved.trunk.meta.fingerprint != moved.packed.meta.fingerprint and text.trunk is text.packed
+    make_trunk(study, moved, 0, tmp_path / "trunk.pt")
+    trainer = start(study, moved, "trunk", ARMS[CONTROL], 5, 0, tmp_path / "trunk.pt")
+    fresh = start(study, moved, "scratch", ARMS[CONTROL], 5, 0, None)
+    assert torch.equal(next(trainer._batches)["input_ids"], next(fresh._batches)["input_ids"])  # its rows from the first on
+    assert not torch.equal(trainer.model.state_dict()["cls.predictions.bias"], fresh.model.state_dict()["cls.predictions.bias"])
+
+
+def test_a_source_of_text_is_used_as_it_is(tmp_path):
+    source = tmp_path / "my.txt"
+    source.write_text("\n\n".join(f"A sentence about the number {i} and nothing else at all ." for i in range(400)))
+    read = read_text(replace(TINY, text=str(source), labels=20, vocabulary=200), tmp_path / "data", "scratch")
+    assert "sentence" in read.packed.tokenizer.get_vocab() and len(read.packed.tokenizer) <= 200
+    with pytest.raises(ConfigError, match="language:x: expected"):
+        read_text(replace(TINY, text="language:x"), tmp_path / "data", "scratch")
 
 
 def test_list_names_every_arm_and_help_every_setting(capsys):

@@ -17,7 +17,7 @@ from sctd_ds.eval.__main__ import main
 from sctd_ds.eval.finetune import Limits
 from sctd_ds.eval.grammar import Language
 from sctd_ds.eval.grammar import main as write_grammar
-from sctd_ds.eval.store import Model
+from sctd_ds.eval.store import Model, remember
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 from sctd_ds.method import passes
 from sctd_ds.method.selection import PINNED
@@ -332,6 +332,9 @@ def test_every_file_format_gives_the_same_rows(suffix, tmp_path):
         ("rte", '{"sentence1": "a", "sentence2": "b", "label": 7}', "line 1: column 'label' is '7', expected 0 (entailment)"),
         ("rte", '{"sentence1": "a", "label": 0}', "column 'sentence2' is missing (there are: sentence1, label)"),
         ("rte", '{"sentence1": "a"', "train.jsonl, line 1: not JSON"),
+        ("rte", '{"sentence1": "a", "label": ' + "1" * 5000, "train.jsonl, line 1: not JSON"),
+        ("rte", "[" * 100_000, "train.jsonl, line 1: not JSON"),
+        ("rte", "\udcff", "train.jsonl: cannot be read"),
         ("rte", "", "has no rows; columns: sentence1, sentence2; label"),
         ("stsb", '{"sentence1": "a", "sentence2": "b", "label": 9}', "expected a number from 0 to 5"),
         ("copa", '{"premise": "a", "choice1": "b", "choice2": "c", "question": "why", "label": 0}', "cause or effect"),
@@ -343,7 +346,7 @@ def test_every_file_format_gives_the_same_rows(suffix, tmp_path):
 )
 def test_malformed_data_is_one_line_that_names_place_and_schema(name, content, message, tmp_path):
     (tmp_path / name).mkdir()
-    (tmp_path / name / "train.jsonl").write_text(content + "\n")
+    (tmp_path / name / "train.jsonl").write_text(content + "\n", errors="surrogateescape")
     with pytest.raises(EvalError) as error:
         sources.load(TASKS[name], "train", tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value) and "train.jsonl" in str(error.value)
@@ -460,6 +463,17 @@ def test_outcomes_are_stored_per_seed_and_never_mixed(synthetic_data, model_fold
     assert finetune.finetune(model, task, data, 0, TINY, store) == first
     with pytest.raises(EvalError, match="another max_steps"):
         finetune.finetune(model, task, data, 0, Limits(max_steps=3, max_train=48, max_eval=24), store)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"scores": 1}', b"[" * 100_000])
+def test_a_damaged_outcome_is_named(tmp_path, content):
+    file = tmp_path / "scores" / "tiny" / "cb" / "seed0.json"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    with pytest.raises(EvalError, match=r"seed0\.json: .*delete the file to measure again"):
+        remember(file, {}, lambda: pytest.fail("measured"))
+    with pytest.raises(EvalError, match=r"seed0\.json: .*delete the file to measure again"):
+        report.read(tmp_path)
 
 
 def test_few_shots_are_counted_in_mentions():
@@ -599,6 +613,27 @@ def test_export_of_a_model_carries_its_table_and_still_loads_without_a_word(mode
     (tmp_path / "model" / IMPORTANCE).write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match=r"importance\.safetensors: not an importance table"):
         read_importance(tmp_path / "model")
+
+
+def test_no_flipped_bit_of_an_importance_table_goes_unnoticed(model_folder, tmp_path):
+    import sctd_ds
+    from sctd_ds.integrations.export import IMPORTANCE, read_importance
+
+    folder = sctd_ds.export(trained(model_folder)[0], tmp_path / "model")
+    file, table, draw = folder / IMPORTANCE, read_importance(folder), random.Random(0)
+    written, refused = file.read_bytes(), 0
+    for _ in range(400):
+        place, bit = draw.randrange(len(written)), draw.randrange(8)
+        file.write_bytes(written[:place] + bytes([written[place] ^ 1 << bit]) + written[place + 1 :])
+        try:
+            found = read_importance(folder)
+        except ValueError as error:
+            assert "not an importance table, or damaged" in str(error)
+            refused += 1
+        else:  # a flip in the name of the digest leaves a table of an earlier version, and an intact one
+            assert torch.equal(found.scores, table.scores)
+            assert (found.drop_ratio, found.policy) == (table.drop_ratio, table.policy)
+    assert refused > 390
 
 
 def test_export_of_an_engine_a_pipeline_and_a_trainer_run_carries_the_table(tmp_path, monkeypatch):

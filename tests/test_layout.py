@@ -2,8 +2,10 @@
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,23 +15,11 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "sctd_ds"
 # Rooms of sctd_ds, each a module or a folder. A room imports itself and rooms above it, also inside functions.
-ROOMS = [
-    "config",
-    "adapters",
-    "deepspeed_schema",
-    "deepspeed_json",
-    "method",
-    "engine",
-    "integrations",
-    "data",
-    "run",
-    "eval",
-    "doctor",
-    "compare",
-]
+ENTRY = "__init__"  # the public names, made of everything before it
+ROOMS = f"""config adapters deepspeed_schema deepspeed_json method engine integrations data run eval doctor compare {ENTRY}
+pretrain __main__""".split()
 # What data and eval are allowed of these: data stands alone, and evaluation reads finished models.
 NEEDS = {"data": set(), "eval": {"config", "adapters", "method", "engine", "integrations", "data", "run"}}
-ENTRY = "__init__"  # the public names, made of everything
 
 
 def modules() -> dict[str, Path]:
@@ -71,7 +61,7 @@ GRAPH = {module: needs(module) for module in MODULES}
 
 
 def test_every_module_has_a_room():
-    assert {module.partition(".")[0] for module in MODULES} == {*ROOMS, ENTRY}
+    assert {module.partition(".")[0] for module in MODULES} == set(ROOMS)
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {ENTRY}))
@@ -138,10 +128,60 @@ def test_the_name_kernels_stays_hugging_faces(tmp_path):
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_wheel_holds_both_packages_and_no_top_level_kernels(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
     subprocess.run(command, check=True, capture_output=True)
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_both_packages_and_no_top_level_kernels(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert tops == {"sctd_ds", "sctd_kernels"}
     assert {"sctd_kernels/__init__.py", "sctd_ds/data/__init__.py", "sctd_ds/method/passes.py"} <= set(names)
+    assert {"sctd_ds/py.typed", "sctd_kernels/py.typed"} <= set(names)
+    assert any(name.endswith("/LICENSE") for name in names)
+
+
+def test_a_wheel_alone_has_the_command_and_the_configurations(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (entries,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
+    assert "sctd = sctd_ds.__main__:main" in entries.read_text()
+    code = "from sctd_ds.run import job, settings; print(settings.shipped()['base'], job.load('large').pretrain.model)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == [str(tmp_path / "site" / "sctd_ds" / "ds_configs" / "base.json"), "bert-large"]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git for the files; this is such a distribution")
+def test_a_source_distribution_holds_what_its_tests_need(tmp_path):
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    left_out = {".gitignore", ".pre-commit-config.yaml"}
+    assert {name for name in tracked if not name.startswith(".ci/")} - left_out <= names
+
+
+def test_no_model_folder_brings_code_that_runs():
+    """Without the argument, transformers asks on the terminal whether to run a folder's own code."""
+    calls = []
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), ROOT / "pretrain.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+                given = {word.arg: word.value for word in node.keywords}
+                calls.append(isinstance(given.get("trust_remote_code"), ast.Constant) and not given["trust_remote_code"].value)
+    assert len(calls) > 5 and all(calls)
+
+
+def test_no_pickle_is_executed():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), ROOT / "pretrain.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert given.get("weights_only") == "True", f"{path}:{node.lineno}"

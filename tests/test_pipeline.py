@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
-import pretrain
 import sctd_ds
 from helpers.bert import small_bert
 from helpers.runs import STEPS, assert_same_end, continue_run, settings, train_whole_run, write_settings
 from helpers.scenarios import run_scenarios, scenario
-from sctd_ds import config
+from sctd_ds import config, pretrain
 from sctd_ds.engine import checkpoint, pipeline
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.step import NonFiniteLossError

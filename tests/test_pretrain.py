@@ -14,10 +14,19 @@ import psutil
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, DistilBertConfig, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertTokenizer,
+    DistilBertConfig,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
-import pretrain
 import sctd_ds
 from helpers import ROOT
 from helpers.launch import launch, launch_command, launch_environment
@@ -33,11 +42,14 @@ from helpers.runs import (
     write_settings,
 )
 from helpers.scenarios import run_scenarios, scenario
-from sctd_ds import data
+from sctd_ds import data, pretrain
 from sctd_ds.engine import checkpoint
 from sctd_ds.engine.data_parallel import ScTDEngine
+from sctd_ds.eval.sources import EvalError
+from sctd_ds.eval.store import Model
 from sctd_ds.integrations.export import read_importance
-from sctd_ds.run import job, metrics, models
+from sctd_ds.run import job, metrics, models, report
+from sctd_ds.run.metrics import Metrics
 
 RESUMED = (1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * EPOCH)
 """Steps whose checkpoints a run continues from: around an align step, and at the end of an epoch."""
@@ -553,6 +565,28 @@ def _cased_tokenizer(model: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "do_lower_case": False}))
 
 
+@pytest.mark.parametrize("where", ["model", "tokenizer", "evaluation"])
+def test_code_that_a_model_brings_does_not_run_and_nobody_is_asked(mini, trained, capsys, monkeypatch, where):
+    asked, folder = [], mini.folder / "model"
+    shutil.copytree(trained / "model", folder)
+    (folder / "code.py").write_text(f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\n")
+    classes = {"AutoConfig": "code.Config", "AutoModelForMaskedLM": "code.Model", "AutoTokenizer": [None, "code.Tokenizer"]}
+    _changed_config(folder, model_type="mine", auto_map=classes)
+    about = folder / "tokenizer_config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "tokenizer_class": "Mine", "auto_map": classes}))
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    if where == "evaluation":
+        with pytest.raises(EvalError):
+            Model("mine", str(folder)).check()
+    else:
+        text = mini.folder / "text.txt"
+        text.write_text("bando kori")
+        assert mini("--set", f"pretrain.{where}={folder}", "--data", str(text)) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(folder) in error and "custom code" in error
+    assert not asked and not (folder / "ran").exists()
+
+
 def test_a_runs_folder_in_place_of_its_model_is_refused_with_a_hint(mini, trained, capsys):
     assert mini("--set", f"pretrain.model={trained}") == 2
     assert f'did you mean "{trained / "model"}"?' in capsys.readouterr().err
@@ -612,6 +646,78 @@ def test_bad_input_is_one_clear_message_and_exit_2(mini, capsys, change, message
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (mini.folder / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "output",
+    [ROOT / "pretrain.py", ROOT / "pretrain.py" / "run", "/proc/self/run", "x" * 300, "a\0b"],
+    ids=["file", "below a file", "no room", "too long", "NUL"],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_else(mini, capsys, output):
+    for more in ((), ("--dry-run",)):
+        assert mini("--output", str(output), *more, pretrain=FEW) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "the run cannot write there" in error and "choose another --output" in error
+
+
+def no_space(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def no_space_in_safetensors(*_, **__):
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "full", "file"),
+    [
+        (BertForMaskedLM, "save_pretrained", no_space, "model"),
+        (BertForMaskedLM, "save_pretrained", no_space_in_safetensors, "model"),
+        (BertTokenizer, "save_pretrained", no_space, "model"),
+        (report.Report, "to_json", no_space, "report.json"),
+        (Figure, "savefig", no_space, "report.png"),
+        (os, "fsync", no_space, "metrics.jsonl"),
+    ],
+    ids=["model", "model in safetensors", "tokenizer", "report", "figure", "records"],
+)
+def test_a_full_disk_is_one_line_and_the_same_command_continues(mini, capsys, monkeypatch, owner, name, full, file):
+    assert mini(output="whole", pretrain=FEW) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        # Only at the end: the checkpoints before it are written.
+        finish = report.finish if file != "metrics.jsonl" else Metrics.flush
+        where = (report, "finish") if file != "metrics.jsonl" else (Metrics, "flush")
+
+        def fill_disk(*arguments):
+            with patch.context() as full_disk:
+                full_disk.setattr(owner, name, full)
+                finish(*arguments)
+
+        patch.setattr(*where, fill_disk)
+        assert mini(pretrain=FEW) == 2
+    error = capsys.readouterr().err
+    run = mini.folder / "run"
+    assert error.count("\n") == 1 and f"{run / file}: " in error and "No space left on device" in error
+    assert not [path.name for path in run.iterdir() if "partial" in path.name]
+    assert mini(pretrain=FEW) == 0
+    assert_same_end(mini.folder / "whole", run)
+
+
+def test_a_flipped_bit_in_the_training_data_is_noticed_at_every_start(mini, small_data, capsys, caplog):
+    copy = shutil.copytree(small_data, mini.folder / "data")
+    with caplog.at_level("INFO"):
+        assert mini("--data", str(copy), pretrain=FEW) == 0
+    assert re.search(r"MB are as they were built \(SHA-256, \d+\.\d s\)", caplog.text)
+    for split in ("train", "validation"):
+        (rows,) = (copy / split).glob("*.arrow")
+        written = rows.read_bytes()
+        for place in (len(written) // 2, len(written) - 1):
+            rows.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+            for output in ("new", "run"):
+                assert mini("--data", str(copy), output=output, pretrain=FEW) == 2
+                error = capsys.readouterr().err
+                assert f"{split}/{rows.name} has changed since it was built" in error and error.count("\n") == 1
+        rows.write_bytes(written)
 
 
 def test_help_names_every_option():

@@ -106,16 +106,8 @@ def test_nohup_keeps_its_promise_and_a_terminal_that_closes_stops_the_run(handle
     assert engine.stop_requested
 
 
-def test_a_rank_that_was_started_by_hand_outlives_its_shell(monkeypatch):
-    """With a launcher above it, it does not."""
-    lost = []
-    for launched in (False, True):
-        if not launched:
-            monkeypatch.delenv("LOCAL_RANK")
-        else:
-            monkeypatch.setenv("LOCAL_RANK", "0")
-        with monkeypatch.context() as patch:
-            launcher = stop.Launcher()
-            patch.setattr(psutil.Process, "ppid", lambda _: 1)
-            lost.append(launcher.is_lost())
-    assert lost == [False, True]
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_rank_ends_with_its_launcher_and_outlives_the_shell_that_started_it_by_hand(monkeypatch, launched):
+    launcher = stop.Launcher(launched)
+    monkeypatch.setattr(psutil.Process, "ppid", lambda _: 1)
+    assert launcher.is_lost() == launched

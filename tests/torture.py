@@ -522,6 +522,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not plan.keys() <= ATTACKS.keys():
         parser.error(f"unknown kind; known: {', '.join(ATTACKS)}")
     counts = {kind: Counter() for kind in plan}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends what was started, too
     with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as folder:
         yard = Yard(Path(folder))
         try:

@@ -19,6 +19,7 @@ from sctd_kernels.launch import on_device_of, register_op, unit_last_stride
 
 BLOCK_V = 4096
 NUM_WARPS = 8
+STAGES = 3
 
 
 @triton.jit
@@ -29,7 +30,10 @@ def _add_block(maximum, total, x):
 
 
 @triton.jit
-def cross_entropy_kernel(logits_ptr, labels_ptr, loss_ptr, stats_ptr, N, V, logits_stride, ignore_index, BLOCK_V: tl.constexpr):
+def cross_entropy_kernel(
+    logits_ptr, labels_ptr, loss_ptr, stats_ptr,
+    N, V, logits_stride, ignore_index, WHOLE_BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """stats [2, N]: max(x), log(sum of exp(x - max)); not written for ignored rows, which backward does not read."""
     n = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + n)
@@ -39,13 +43,13 @@ def cross_entropy_kernel(logits_ptr, labels_ptr, loss_ptr, stats_ptr, N, V, logi
         logits_ptr += n * logits_stride
         maximum = tl.full([], -3.0e38, tl.float32)  # below any maximum; finite, so that a block of -inf adds 0
         total = tl.full([], 0.0, tl.float32)
-        start = 0
-        while start + BLOCK_V <= V:  # no mask, which would prevent wide loads if V is odd
-            x = tl.load(logits_ptr + start + tl.arange(0, BLOCK_V)).to(tl.float32)
-            maximum, total = _add_block(maximum, total, x)
-            start += BLOCK_V
-        if start < V:
-            v = start + tl.arange(0, BLOCK_V)
+        if WHOLE_BLOCKS > 0:
+            # No mask, which would prevent wide loads if V is odd. The next blocks are on their way during each.
+            for block in tl.range(0, WHOLE_BLOCKS, num_stages=STAGES):
+                x = tl.load(logits_ptr + block * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.float32)
+                maximum, total = _add_block(maximum, total, x)
+        if WHOLE_BLOCKS * BLOCK_V < V:
+            v = WHOLE_BLOCKS * BLOCK_V + tl.arange(0, BLOCK_V)
             x = tl.load(logits_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
             maximum, total = _add_block(maximum, total, x)
         log_total = tl.log(total)
@@ -84,12 +88,10 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, ignore_index: int, ove
     logits = unit_last_stride(logits)
     loss = torch.empty(N, dtype=torch.float32, device=logits.device)
     stats = torch.empty((2, N), dtype=torch.float32, device=logits.device)
-    # Triton specialises on V = 1, and 3.6 fails to compile a loop that it then knows to be empty.
-    block = BLOCK_V if V > 1 else 1
     with on_device_of(logits):
         cross_entropy_kernel[(N,)](
             logits, labels.contiguous(), loss, stats, N, V, logits.stride(0), ignore_index,
-            BLOCK_V=block, num_warps=NUM_WARPS,
+            WHOLE_BLOCKS=V // BLOCK_V, BLOCK_V=BLOCK_V, STAGES=STAGES, num_warps=NUM_WARPS,
         )  # fmt: skip
     return loss, stats
 

@@ -1,4 +1,4 @@
-"""Model families of Hugging Face transformers. Their attention always runs through torch's scaled_dot_product_attention."""
+"""Model families of Hugging Face transformers. Their attention always runs through `attention.attend`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sctd_ds.adapters.attention import attend
 from sctd_ds.adapters.base import Adapter, Batch, check_batch
 
 
@@ -67,7 +68,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, h
     def split(x: Tensor) -> Tensor:  # [B, T, d] -> [B, heads, T, d / heads]
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    mixed = F.scaled_dot_product_attention(split(query), split(key), split(value), attn_mask=mask, dropout_p=dropout)
+    mixed = attend(split(query), split(key), split(value), mask, dropout)
     return mixed.transpose(1, 2).flatten(2)
 
 
@@ -242,12 +243,12 @@ class ModernBertAdapter(HuggingFaceAdapter):
         if layer.attention_type == "sliding_attention":
             near = (query_at[:, :, None] - context_at[:, None, :]).abs() <= self._model.config.sliding_window
             mask = near[:, None] if mask is None else mask & near[:, None]
-        mixed = F.scaled_dot_product_attention(
+        mixed = attend(
             self._rotate(query, query_at, layer.attention_type),
             self._rotate(key, context_at, layer.attention_type),
             value,
-            attn_mask=mask,
-            dropout_p=attention.attention_dropout if attention.training else 0.0,
+            mask,
+            dropout=attention.attention_dropout if attention.training else 0.0,
         )
         states = queries + attention.out_drop(attention.Wo(mixed.transpose(1, 2).flatten(2)))
         return states + layer.mlp(layer.mlp_norm(states))

@@ -3,11 +3,12 @@
 `sources` reads documents, `packed` packs them into rows, `batches` orders and masks the rows.
 """
 
-from sctd_ds.data.batches import Loader, Masker, MicroBatch, validation_batches
-from sctd_ds.data.packed import Meta, PackedData, build, check_tokenizer, load, prepare
+from sctd_ds.data.batches import IGNORED, Loader, Masker, MicroBatch, validation_batches
+from sctd_ds.data.packed import Meta, PackedData, build, check, check_tokenizer, load, prepare, unigram_loss
 from sctd_ds.data.sources import DataError
 
 __all__ = [
+    "IGNORED",
     "DataError",
     "Loader",
     "Masker",
@@ -15,8 +16,10 @@ __all__ = [
     "MicroBatch",
     "PackedData",
     "build",
+    "check",
     "check_tokenizer",
     "load",
     "prepare",
+    "unigram_loss",
     "validation_batches",
 ]

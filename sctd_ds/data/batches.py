@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sctd_ds.data.sources import DataError
+
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
@@ -82,9 +84,16 @@ class Masker:
     def __call__(self, input_ids: np.ndarray, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
         """Corrupt rows: input_ids [B, S] and the (epoch, sample) of each -> corrupted ids and labels, int64 [B, S].
 
-        Labels are the original ids where a token is predicted and -100 elsewhere.
+        Labels are the original ids where a token is predicted and -100 elsewhere. Raises DataError for an id that is not of
+        the tokenizer.
         """
         ids = np.array(input_ids, dtype=np.int64)
+        if ids.min() < 0 or ids.max() >= len(self._is_word):
+            row, place = np.argwhere((ids < 0) | (ids >= len(self._is_word)))[0]
+            raise DataError(
+                f"row {samples[row][1]} of the data holds the id {ids[row, place]}, and the tokenizer's go from 0 to "
+                f"{len(self._is_word) - 1}: the data are damaged, or were built with another tokenizer; build them again"
+            )
         labels = np.full_like(ids, IGNORED)
         candidate = self._is_word[ids]
         lengths = np.count_nonzero(ids != self.pad_id, axis=1)
@@ -217,12 +226,16 @@ class Loader:
         self._start, self._taken = state["position"], 0
         self._ahead.clear()
 
+    def rows_of(self, samples: range) -> list[Sample]:
+        """(epoch, row) of samples by their numbers in the global order, as positions count them."""
+        numbers = (divmod(n, len(self._rows)) for n in samples)
+        return [(epoch, int(self._order(epoch)[n])) for epoch, n in numbers]
+
     def _samples(self, index: int) -> list[Sample]:
         """Samples of this rank's micro-batch number `index` since `_start`, adjacent in the global order."""
         step, part = divmod(index, self.accumulation)
         first = self._start + step * self.samples_per_step + (part * self.world + self.rank) * self.micro_batch
-        numbers = (divmod(n, len(self._rows)) for n in range(first, first + self.micro_batch))
-        return [(epoch, int(self._order(epoch)[n])) for epoch, n in numbers]
+        return self.rows_of(range(first, first + self.micro_batch))
 
     def _prepare(self, index: int) -> MicroBatch:
         return _collate(self._rows, self._masker, self._samples(index))

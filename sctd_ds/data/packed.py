@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,11 @@ FORMAT = 1
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ALPHABET = 1000  # a trained vocabulary spells this many characters, the most frequent ones; BERT's own trainer has this limit
 TOKENIZER_FILES = ("*token*.json", "vocab*", "merges*", "*.model")  # files of any type of tokenizer
+COUNTED = 20_000  # training rows that decide how frequent words are
+_HOW_TO_START = (
+    "`python -m sctd_ds.data build my.txt --out {}` builds a data set from your text; `--data python-docs` trains at once, on "
+    "English that Python contains"
+)
 BATCH_BYTES = 1 << 24  # of text or tokens processed at a time
 
 
@@ -124,12 +131,7 @@ def build(
     given = _load_tokenizer(tokenizer) if tokenizer else None
 
     # Write to a private folder beside `out`, and rename it when it is complete.
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
-    try:
+    with _alone(out), _staging(out) as staging:
         with _progress_bars_on_terminals_only(), tempfile.TemporaryDirectory(prefix="work.", dir=staging) as work:
             texts = _read(sources, text_column, seed, Path(work))
             tok = given or _train_tokenizer(texts, vocab_size, lowercase, seq_length)
@@ -160,17 +162,14 @@ def build(
         (staging / META).write_text(json.dumps(dataclasses.asdict(meta), indent=2) + "\n", encoding="utf-8")
         staging.chmod(0o755)  # mkdtemp's folders are private
         _put_in_place(staging, out, overwrite)
-    except OSError as error:
-        raise DataError(f"{out}: writing failed ({error.strerror or error}); nothing was kept") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return out
 
 
 def load(path: str | Path, *, seq_length: int | None = None, verify: bool = False) -> PackedData:
     """Open a built data set, memory-mapped.
 
-    This compares every file's size with `meta.json`, and the SHA-256 of all but the Arrow files; `verify` includes those.
+    This compares every file's size with `meta.json`, and the SHA-256 of all but the Arrow files; `verify` includes those and
+    reads all of them.
 
     Raises:
         DataError: not a built data set, incomplete, altered, or built for another `seq_length`.
@@ -179,18 +178,10 @@ def load(path: str | Path, *, seq_length: int | None = None, verify: bool = Fals
 
     path = Path(path)
     meta = _read_meta(path)
-    if seq_length is not None and meta.seq_length != seq_length:
-        raise DataError(
-            f"{path}: built for seq_length {meta.seq_length}, but seq_length {seq_length} was requested; "
-            f"build it again with --seq-length {seq_length}, or train with {meta.seq_length}"
-        )
-    for name, facts in meta.files.items():
-        file = path / name
-        if not file.is_file():
-            raise DataError(f"{path}: {name} is missing, so the data set is incomplete; build it again")
-        hashed = verify or file.suffix != ".arrow"
-        if file.stat().st_size != facts[0] or (hashed and _file_facts(file) != facts):
-            raise DataError(f"{path}: {name} has changed since it was built (damaged or edited); build the data set again")
+    if seq_length is not None:
+        _check_length(path, meta, seq_length)
+    with ThreadPoolExecutor() as threads:  # one hashes less than a disk delivers
+        list(threads.map(lambda name: _check_file(path, meta, name, verify), meta.files))
     return PackedData(
         path=path,
         train=load_from_disk(str(path / "train")),
@@ -198,6 +189,55 @@ def load(path: str | Path, *, seq_length: int | None = None, verify: bool = Fals
         tokenizer=_load_tokenizer(str(path / "tokenizer")),
         meta=meta,
     )
+
+
+def check(spec: str | list[str], *, seq_length: int, rows: int = 1, tokenizer: str | None = None) -> None:
+    """DataError where `prepare` and training on what it returns would fail, as far as that shows in a moment.
+
+    Nothing is built, and no text is read; whether a Hub data set exists shows only when it is.
+
+    Args:
+        spec: as for `prepare`.
+        seq_length: tokens of the rows to train on.
+        rows: training rows that a built data set has to have, those of one step.
+        tokenizer: the one that raw text would be cut with.
+    """
+    sources = [spec] if isinstance(spec, str) else list(spec)
+    if built := _built(sources):
+        meta = _read_meta(built)
+        _check_length(built, meta, seq_length)
+        if meta.train_rows < rows:
+            raise DataError(
+                f"{built}: {meta.train_rows} training rows are fewer than one batch of {rows}: "
+                "add text, or lower train_batch_size or pretrain.seq_length"
+            )
+        return
+    for source in sources:
+        try:
+            identity(source)
+        except DataError as error:
+            raise DataError(f"{error}. {_HOW_TO_START.format(source)}" if not Path(source).exists() else str(error)) from None
+    if tokenizer:
+        _load_tokenizer(tokenizer)
+
+
+def unigram_loss(packed: PackedData, validation_rows: int) -> float | None:
+    """Cross-entropy of the validation words under the frequencies of the training words, in nats per token.
+
+    This is the loss of a model that knows no more than how frequent words are. At most COUNTED training rows are counted,
+    evenly spread. None without validation rows.
+    """
+    if not len(packed.validation):
+        return None
+    step = -(-len(packed.train) // COUNTED)
+    train, validation = (
+        np.concatenate(rows.with_format("numpy")[:stop:every]["input_ids"], axis=None)
+        for rows, stop, every in ((packed.train, None, step), (packed.validation, validation_rows, None))
+    )
+    words = np.ones(len(packed.tokenizer), dtype=bool)
+    words[list(packed.tokenizer.all_special_ids)] = False
+    counts = (np.bincount(train, minlength=len(words)) + 1.0) * words  # plus one: a validation word may be new
+    return float(np.log(counts.sum()) - np.log(counts[validation[words[validation]]]).mean())
 
 
 def check_tokenizer(packed: PackedData, name: str) -> None:
@@ -231,8 +271,8 @@ def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) 
         build_options: keyword arguments of `build`.
     """
     sources = [spec] if isinstance(spec, str) else list(spec)
-    if len(sources) == 1 and (Path(sources[0]) / META).is_file():
-        return Path(sources[0])
+    if built := _built(sources):
+        return built
     identities, options = [identity(source) for source in sources], dict(build_options)
     tokenizer = options.get("tokenizer")
     if tokenizer and Path(tokenizer).is_dir():  # its content identifies it; a model in the same folder does not matter
@@ -248,10 +288,14 @@ def prepare(spec: str | list[str], cache_dir: str | Path, **build_options: Any) 
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (out / META).is_file():
-            for left_by_a_killed_build in out.parent.glob(f".{out.name}.*"):
-                shutil.rmtree(left_by_a_killed_build)
             build(sources, out, **build_options)
     return out
+
+
+def _built(sources: Sequence[str]) -> Path | None:
+    """The built data set that `sources` is; None for raw text."""
+    path = Path(sources[0])
+    return path if len(sources) == 1 and os.path.isfile(path / META) else None
 
 
 # --- the steps of build ----------------------------------------------------------------------------------------------
@@ -289,11 +333,52 @@ def _check_vacant(out: Path, overwrite: bool) -> None:
         raise DataError(f"{out}: exists already; choose another folder, or replace it with --overwrite (overwrite=True)")
 
 
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other builds of `out` away. Raises DataError where one is at work, or where nothing can be written."""
+    try:
+        file = out.with_name(f".{out.name}.lock")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "w")  # noqa: SIM115, closed below
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        raise DataError(f"{out}: cannot be written ({getattr(error, 'strerror', error)}); choose another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.fstat(lock.fileno()).st_nlink > 0  # else it was the lock of a build that has just ended
+        except BlockingIOError:
+            free = False
+        if not free:
+            raise DataError(f"{out}: another process is building it; wait for it, or choose another folder")
+        try:
+            yield
+        finally:
+            file.unlink()
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A private folder beside `out`, deleted in the end, as are those of killed builds. Raises DataError for a failed write."""
+    private = f".{out.name}.building."
+    try:
+        for left in out.parent.glob(f"{glob.escape(private)}*"):
+            # A kill between the two renames of `_put_in_place` leaves the only copy in such a folder.
+            if out.exists() or not (left / META).is_file():
+                shutil.rmtree(left)
+        staging = Path(tempfile.mkdtemp(prefix=private, dir=out.parent))
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"{out}: writing failed ({error.strerror or error}); nothing was kept") from error
+
+
 def _put_in_place(staging: Path, out: Path, overwrite: bool) -> None:
     if not (overwrite and (out / META).is_file()):
         os.rename(staging, out)  # fails if another process created `out` meanwhile
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.building.", dir=out.parent))
     os.rename(out, old)
     try:
         os.rename(staging, out)
@@ -396,7 +481,7 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).exists())
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).exists(), trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise bare Exception for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{name}: cannot be loaded as a tokenizer ({reason}); give a folder or a Hub name") from None
@@ -563,16 +648,40 @@ def _file_facts(path: Path) -> tuple[int, str]:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _check_file(path: Path, meta: Meta, name: str, verify: bool) -> None:
+    """DataError unless a file of a built data set is there as it was written; see `load`."""
+    file, facts = path / name, meta.files[name]
+    if not file.is_file():
+        raise DataError(f"{path}: {name} is missing, so the data set is incomplete; delete the folder, and build it again")
+    hashed = verify or file.suffix != ".arrow"
+    try:
+        same = file.stat().st_size == facts[0] and (not hashed or _file_facts(file) == facts)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from None
+    if not same:
+        raise DataError(
+            f"{path}: {name} has changed since it was built (damaged or edited); delete the folder, and build it again"
+        )
+
+
 def _read_meta(path: Path) -> Meta:
     file = path / META
     if not file.is_file():
         raise DataError(f"{path}: not a built data set (no {META}); build one with `python -m sctd_ds.data build`")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        fields["files"] = {name: tuple(facts) for name, facts in fields["files"].items()}
+        fields["files"] = {name: (size, digest) for name, (size, digest) in fields["files"].items()}
         meta = Meta(**fields)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{file}: damaged ({error}); build the data set again") from None
     if meta.format != FORMAT:
         raise DataError(f"{path}: format {meta.format}, but this version reads {FORMAT}; build the data set again")
     return meta
+
+
+def _check_length(path: Path, meta: Meta, seq_length: int) -> None:
+    if meta.seq_length != seq_length:
+        raise DataError(
+            f"{path}: built for seq_length {meta.seq_length}, but seq_length {seq_length} was requested; "
+            f"build it again with --seq-length {seq_length}, or train with {meta.seq_length}"
+        )

@@ -63,8 +63,8 @@ def identity(source: str) -> list[str]:
         return [source, sys.version, importlib.metadata.version("torch")]
     if _is_hub(source):
         return [source]
-    stats = [(path.resolve(), _stat(path)) for path in _files(source)]
-    return [f"{path} {facts.st_size} {facts.st_mtime_ns}" for path, facts in stats]
+    stats = [(_stat(path), path.resolve()) for path in _files(source)]
+    return [f"{path} {facts.st_size} {facts.st_mtime_ns}" for facts, path in stats]
 
 
 def size(source: str) -> int:
@@ -88,7 +88,7 @@ def _is_hub(source: str) -> bool:
     if not _HUB.fullmatch(source):
         return False
     path = Path(source)
-    return not (path.exists() or path.parent.exists() or _suffix(path) in _READERS)
+    return not (os.path.exists(path) or path.parent.exists() or _suffix(path) in _READERS)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -109,23 +109,33 @@ def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
 
 def _files(source: str) -> list[Path]:
     """The file itself, or the text files below a folder, sorted, without hidden files and built data sets."""
-    root = Path(source).expanduser()
+    if not source:
+        raise DataError("a source is empty (''); give a path to text, 'python-docs', or a Hub data set 'owner/name'")
+    root = Path(os.path.expanduser(source))
     if not stat.S_ISDIR(_stat(root).st_mode):
         _reader(root)
-        return [root]
+        return [_regular(root)]
     if (root / META).exists():
         raise DataError(f"{source}: already a built data set; give the text it was built from, or use the data set itself")
 
     def fail(error: OSError) -> None:
         raise _unreadable(error.filename or root, error)
 
-    files = []
+    files: list[Path] = []
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [f for f in folders if f[0] != "." and not (Path(folder) / f / META).exists()]
-        files += [Path(folder) / name for name in names if name[0] != "." and _suffix(Path(name)) in _READERS]
+        texts = [Path(folder) / name for name in names if name[0] != "." and _suffix(Path(name)) in _READERS]
+        files += map(_regular, texts)
     if not files:
         raise DataError(f"{source}: no text in this folder; expected files ending in {', '.join(_READERS)}")
     return sorted(files)
+
+
+def _regular(path: Path) -> Path:
+    """The path itself. Raises DataError for a pipe or a device, from which reading may never end."""
+    if not stat.S_ISREG(_stat(path).st_mode):
+        raise DataError(f"{path}: not a regular file; give files, or remove it from the folder")
+    return path
 
 
 def _unreadable(path: str | Path, error: OSError) -> DataError:
@@ -139,8 +149,8 @@ def _stat(path: Path) -> os.stat_result:
         raise DataError(
             f"{path}: no such file or folder; give a path to text, 'python-docs', or a Hub data set 'owner/name'"
         ) from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        raise _unreadable(path, OSError(*error.args)) from None
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -177,15 +187,16 @@ def _decoded(path: Path) -> Iterator[str]:
 
 def cut(text: str) -> Iterator[str]:
     """Pieces of at most BLOCK characters, cut at a line end if there is one, else at a space, else anywhere."""
-    while len(text) > BLOCK:
-        end = text.rfind("\n", 1, BLOCK)
+    start = 0
+    while len(text) - start > BLOCK:
+        end = text.rfind("\n", start + 1, start + BLOCK)
         if end < 0:
-            end = text.rfind(" ", 1, BLOCK)
+            end = text.rfind(" ", start + 1, start + BLOCK)
         if end < 0:
-            end = BLOCK
-        yield text[:end]
-        text = text[end:]
-    yield text
+            end = start + BLOCK
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _text(path: Path, text_column: str) -> Iterator[str]:
@@ -238,6 +249,8 @@ def _parsed(text: str, path: Path, line: int) -> object:
         ) from None
     except RecursionError:
         raise DataError(f"{path}, line {line}: JSON nested too deeply; expected flat objects") from None
+    except ValueError:
+        raise DataError(f"{path}, line {line}: a number with more than {sys.get_int_max_str_digits()} digits") from None
 
 
 def _field(record: object, column: str, place: str) -> str:
@@ -272,7 +285,7 @@ def _parquet(path: Path, text_column: str) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=1000, columns=[text_column]):
                 for text in batch.column(0).to_pylist():
                     yield _field({text_column: text}, text_column, str(path))
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
     except OSError as error:
         raise _unreadable(path, error) from None

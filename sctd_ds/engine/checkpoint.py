@@ -4,7 +4,8 @@
     RUN/checkpoints/latest             name of the newest complete one (DeepSpeed's own tools read it)
 
 A checkpoint is written under a partial name, its files are listed in manifest.json with size and SHA-256 and synced to disk,
-and only then is the folder renamed. So a folder with its final name is complete. Its files are verified before they are loaded.
+and only then is the folder renamed. So a folder with its final name is complete. Its files are verified before they are loaded,
+no file that is not listed is, and none can run code (`reader`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
 from sctd_ds.config import MAY_DIFFER_ON_RESUME, MAY_DIFFER_ON_START, differences
-from sctd_ds.engine import ranks
+from sctd_ds.engine import ranks, reader
 from sctd_ds.engine.random_state import file_of
+from sctd_ds.engine.reader import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +37,6 @@ _SHARD = re.compile(r"zero_pp_rank_(\d+)_(mp_rank_\d+)_optim_states\.pt$")
 _PARTIAL = "partial-"
 _MANIFEST = "manifest.json"
 _SETTINGS = "settings.json"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read, or continued with these settings."""
-
-    shared = False
-    """Whether all ranks raise it, so only one has to print it."""
 
 
 def save(engine: Any, folder: Path, settings: Mapping[str, Any], position: int, keep_last: int) -> Path:
@@ -87,6 +82,7 @@ def _complete(partial: Path, final: Path, content: Mapping[str, Any], shards: in
     if missing or found != shards:
         lost = f", and no file of the ranks {missing}" if missing else ""
         raise FileNotFoundError(f"it has {found} of {shards} shards of the optimizer{lost}: do all nodes share this folder?")
+    content = {**content, "files": sorted(_names(partial))}
     (partial / _SETTINGS).write_text(json.dumps(content, indent=1), encoding="utf-8")
     _write_manifest(partial)
     partial.rename(final)
@@ -129,7 +125,7 @@ def check(
         problem = verify(checkpoint)
         if problem:
             raise CheckpointError(problem)
-    stored = json.loads((checkpoint / _SETTINGS).read_text(encoding="utf-8"))
+    stored = about(checkpoint)
     if not other_layout and stored["world_size"] != dist.get_world_size():
         raise CheckpointError(
             f"{checkpoint} was written by {stored['world_size']} ranks, this run has {dist.get_world_size()}: ZeRO keeps one "
@@ -152,9 +148,13 @@ def check(
 
 def load(engine: Any, checkpoint: Path) -> int:
     """Restore the engine from a `checkpoint` that passed `check`; returns the loader's position."""
+    if engine.load_universal_checkpoint():
+        raise CheckpointError("checkpoint.load_universal: a run does not read universal checkpoints; remove the key")
     try:
         path, client = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    except (RuntimeError, KeyError, EOFError) as error:
+    except CheckpointError:
+        raise
+    except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded ({error})") from error
     if path is None:
         raise CheckpointError(f"{checkpoint} cannot be loaded: DeepSpeed found no model file in it")
@@ -169,7 +169,9 @@ def start(engine: Any, checkpoint: Path) -> int:
     """
     try:
         return restore(engine, checkpoint)
-    except (RuntimeError, KeyError, EOFError) as error:
+    except CheckpointError:
+        raise
+    except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded ({error})") from error
 
 
@@ -178,7 +180,7 @@ def restore(engine: Any, folder: Path) -> int:
     models = sorted(folder.glob("mp_rank_*_model_states.pt"))
     weights, moments, groups, scalars = {}, {}, [], []
     for model in models:
-        client = torch.load(model, map_location="cpu", weights_only=False)
+        client = reader.read(model)
         pieces = _by_parameter(folder, model.name.removesuffix("_model_states.pt"), client["sctd"]["names"])
         weights.update(pieces[0])
         moments.update(pieces[1])
@@ -233,7 +235,7 @@ def _by_parameter(folder: Path, stage: str, names: Mapping[str, str]) -> Pieces:
     scalars: list[dict[str, Any]] = []
     # Each rank's shard is one flat tensor, with a list of the parameters' fragments in it. Fragments continue rank by rank.
     for rank in sorted(shards):
-        saved = torch.load(shards[rank], map_location="cpu", weights_only=False)["optimizer_state_dict"]
+        saved = reader.read(shards[rank])["optimizer_state_dict"]
         base = saved["base_optimizer_state"]
         groups, scalars = base["param_groups"], []
         for i, (flat, fragments) in enumerate(
@@ -258,8 +260,12 @@ def kept(folder: Path) -> list[Path]:
 
 
 def about(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint records of its run: "settings" (the flat configuration), "world_size" and "step"."""
-    return json.loads((checkpoint / _SETTINGS).read_text(encoding="utf-8"))
+    """What a checkpoint records of its run: "settings" (the flat configuration), "world_size", "step", and "files", the names
+    of the others (not in those of earlier versions). Raises CheckpointError."""
+    content = _read_json(checkpoint / _SETTINGS)
+    if not {"settings", "world_size", "step"} <= content.keys():
+        raise CheckpointError(f"{checkpoint / _SETTINGS} is damaged: it lacks a part of what was written")
+    return content
 
 
 def manifest(checkpoint: Path) -> Path:
@@ -269,27 +275,65 @@ def manifest(checkpoint: Path) -> Path:
 
 def read_model(checkpoint: Path) -> tuple[dict[str, Tensor], Tensor]:
     """Weights by name, in the run's dtype, and importance scores [V] fp32, of a checkpoint without pipeline stages."""
-    content = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+    content = reader.read(checkpoint / "mp_rank_00_model_states.pt")
     return content["module"], content["sctd"]["importance"]["scores"]
 
 
 def verify(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
-    if not (checkpoint / _MANIFEST).is_file():
-        return f"{checkpoint} is not a checkpoint (it holds no {_MANIFEST}): give a folder RUN/checkpoints/step_..."
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        return f"{checkpoint / _MANIFEST} cannot be read ({error})"
-    for name, (size, digest) in manifest.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != size:
-            return f"{file} has {file.stat().st_size} bytes, {size} were written (truncated?)"
-        if _digest(file) != digest:
-            return f"{file} is damaged: its SHA-256 is not the one that was written"
+        if not (checkpoint / _MANIFEST).is_file():
+            return f"{checkpoint} is not a checkpoint (it holds no {_MANIFEST}): give a folder RUN/checkpoints/step_..."
+        listed = _read_json(checkpoint / _MANIFEST)
+        _verify_names(checkpoint, listed.keys())
+        for name, entry in listed.items():
+            _verify_file(checkpoint / name, entry)
+        lost = set(about(checkpoint).get("files", ())) - listed.keys()
+        if lost:  # an entry and its file
+            return f"{checkpoint / min(lost)} is missing, also in the manifest"
+    except (CheckpointError, OSError) as error:
+        return str(error)
     return None
+
+
+def _verify_names(checkpoint: Path, listed: Set[str]) -> None:
+    """CheckpointError unless a checkpoint holds the files that its manifest lists, no others, and what every one has."""
+    present = _names(checkpoint) - {_MANIFEST}
+    if listed - present:
+        raise CheckpointError(f"{checkpoint / min(listed - present)} is missing")
+    if present - listed:
+        raise CheckpointError(f"{checkpoint / min(present - listed)} is not in the checkpoint's manifest: remove it")
+    if _SETTINGS not in listed or not any(name.endswith("_model_states.pt") for name in listed):
+        raise CheckpointError(f"{checkpoint / _MANIFEST} is damaged: it must list {_SETTINGS} and a model")
+
+
+def _verify_file(file: Path, entry: Any) -> None:
+    """CheckpointError unless a file has the [size, SHA-256] of its manifest's entry."""
+    if not (isinstance(entry, list) and len(entry) == 2):
+        raise CheckpointError(f"{file.parent / _MANIFEST} is damaged: {file.name} has no size and SHA-256")
+    size, digest = entry
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not a file")
+    if file.stat().st_size != size:
+        raise CheckpointError(f"{file} has {file.stat().st_size} bytes, {size} were written (truncated?)")
+    if _digest(file) != digest:
+        raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one that was written")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises CheckpointError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is damaged: expected an object, got {type(content).__name__}")
+    return content
+
+
+def _names(folder: Path) -> set[str]:
+    """Everything in a folder that is no folder, by its path from there."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
 def _find(folder: Path, resume: str, tidy: bool) -> str | None:
@@ -313,10 +357,10 @@ def _find(folder: Path, resume: str, tidy: bool) -> str | None:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    for file in files:
+    files = {name: folder / name for name in sorted(_names(folder) - {_MANIFEST})}
+    for file in files.values():
         _sync(file)
-    manifest = {str(p.relative_to(folder)): [p.stat().st_size, _digest(p)] for p in files}
+    manifest = {name: [file.stat().st_size, _digest(file)] for name, file in files.items()}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(folder / _MANIFEST)
     _sync(folder)

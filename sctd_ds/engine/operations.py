@@ -7,6 +7,7 @@ the file, for ever and without a word.
 from __future__ import annotations
 
 import fcntl
+import importlib
 import logging
 import os
 import time
@@ -24,13 +25,18 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Within it, DeepSpeed compiles and loads an operation under a lock that dies with its holder; the first rank says so."""
-    load = cpp_extension.load
-    cpp_extension.load = partial(_load, load)
+    """Within it, DeepSpeed compiles and loads an operation under a lock that dies with its holder; the first rank says so.
+
+    The operation that it would compile first on a CPU, for more than a minute, is left out: only inference calls it, to reduce
+    through shared memory, while training reduces with gloo in any case.
+    """
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # the name deepspeed.comm.torch is torch itself
+    load, build_shm_op = cpp_extension.load, backend.build_shm_op
+    cpp_extension.load, backend.build_shm_op = partial(_load, load), lambda: None
     try:
         yield
     finally:
-        cpp_extension.load = load
+        cpp_extension.load, backend.build_shm_op = load, build_shm_op
 
 
 def _load(load: Callable[..., Any], name: str, sources: Sequence[str], **options: Any) -> Any:

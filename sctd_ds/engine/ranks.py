@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed.distributed_c10d import _get_default_store
 
+from sctd_ds.engine import place
 from sctd_ds.engine.operations import compiling
 
 T = TypeVar("T")
@@ -38,20 +39,21 @@ _calls = itertools.count()
 
 
 def init_distributed() -> None:
-    """deepspeed.init_distributed, if it has not run yet, on this rank's own device, and without the memory it leaves behind."""
+    """deepspeed.init_distributed, if it has not run yet, on this rank's own device, whatever started the rank."""
+    place.find()
     remove_leaked_memory()
     with compiling():
         deepspeed.init_distributed(verbose=False)
     # DeepSpeed sets the device in its engine only; a collective before that would find every rank on the first device.
     if get_accelerator().device_name() != "cpu" and "LOCAL_RANK" in os.environ:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    release_shared_memory()
 
 
 def release_shared_memory() -> None:
     """Unlink DeepSpeed's shared memory, so that the system frees it with the last process. Every rank calls.
 
-    On a CPU each rank maps 66 MiB in /dev/shm, which DeepSpeed never unlinks: every run would take that memory for good.
+    Where DeepSpeed started itself on a CPU, each rank maps 66 MiB in /dev/shm, which DeepSpeed never unlinks: every run would
+    take that memory for good.
     """
     if get_accelerator().device_name() == "cpu":
         dist.barrier()  # all ranks have mapped it, so nobody needs its name any more

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from sctd_ds.engine import reader
 from sctd_ds.engine.random_state import file_of, random_state, set_random_state
 from sctd_ds.method.convert import state_of
 from sctd_ds.method.objective import PARTS
@@ -53,6 +54,7 @@ class StepLogic(DeepSpeedEngine):
         """Overrides the schedule: for measuring steps of one mode."""
         self._sums: dict[str, Tensor] = {}
         self._forwards = 0
+        self.checkpoint_engine.load = reader.read  # DeepSpeed's own runs what a file tells it to
 
     @property
     def applied_steps(self) -> int:
@@ -146,7 +148,7 @@ class StepLogic(DeepSpeedEngine):
         self.sctd.importance.load_state_dict(own["importance"])
         file = file_of(Path(path).parent, self.global_rank)
         if file.exists():
-            set_random_state(torch.load(file, weights_only=True))
+            set_random_state(reader.read(file))
         else:
             logger.warning("%s is missing (another number of ranks?): dropout continues from a new random state", file)
         return path, client

@@ -28,6 +28,7 @@ from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.store import Model, fingerprint, remember
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS, Task
 from sctd_ds.run import metrics
+from sctd_ds.run.output import OutputError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments and arguments[0] in COMMANDS:
             return COMMANDS[arguments[0]](arguments[1:])
         return _evaluate(arguments)
-    except (EvalError, DataError) as error:
+    except (EvalError, DataError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -64,8 +64,8 @@ class Opened:
 
 def open_model(model: Model) -> Opened:
     """Load a masked LM for analysis. Raises EvalError if it cannot drop tokens."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
-    network: Any = transformers.AutoModelForMaskedLM.from_pretrained(model.path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
+    network: Any = transformers.AutoModelForMaskedLM.from_pretrained(model.path, trust_remote_code=False)
     weights, learned = model.read_checkpoint() if model.checkpoint else (None, model.read_importance())
     if weights:
         network.load_state_dict(weights)
@@ -334,8 +334,8 @@ class SentenceEncoder:
     def __init__(self, choice: str, device: torch.device) -> None:
         folder = encoder_folder(choice)
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            self._network: Any = transformers.AutoModel.from_pretrained(folder).to(device).eval()
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self._network: Any = transformers.AutoModel.from_pretrained(folder, trust_remote_code=False).to(device).eval()
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise EvalError(f"--sentence-encoder {folder}: not an encoder that can be loaded ({reason})") from None

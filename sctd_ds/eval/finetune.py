@@ -73,12 +73,12 @@ def finetune(
 
 def _run(model: Model, task: Task, data: dict[str, list[Row]], seed: int, limits: Limits) -> dict[str, float]:
     transformers.set_seed(seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model.path)
-    config = transformers.AutoConfig.from_pretrained(model.path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(model.path, trust_remote_code=False)
     head = HEADS[task.kind](task, tokenizer, min(task.recipe.max_length, config.max_position_embeddings), data)
     train = few_shot(data["train"], task, seed) if task.shots else data["train"]
     train = _cut(train, limits.max_train, seed)
-    network = head.network.from_pretrained(model.path, **head.options)
+    network = head.network.from_pretrained(model.path, trust_remote_code=False, **head.options)
     examples = head.examples(train, training=True)
     result: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:

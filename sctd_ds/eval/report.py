@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sctd_ds.eval.store import read_outcome
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 
 Cell = str | float | None
@@ -51,8 +51,8 @@ TABLES: dict[str, tuple[list[tuple[str, str]], bool, Mapping[str, Sequence[float
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Every outcome under `folder`/scores, as `store.remember` wrote them."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "scores").glob("*/*/*.json"))]
+    """Every outcome under `folder`/scores, as `store.remember` wrote them. Raises EvalError for a damaged one."""
+    return [read_outcome(path) for path in sorted((folder / "scores").glob("*/*/*.json"))]
 
 
 def write(folder: Path, models: Sequence[str], recorded: Mapping[str, list[dict[str, Any]]] | None = None) -> str:

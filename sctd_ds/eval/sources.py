@@ -5,6 +5,7 @@ Every row is checked when it is read, so a model only sees rows with the columns
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -24,6 +25,17 @@ class EvalError(ValueError):
     """A problem with models or data to evaluate. Its message is one line that names the place and the remedy."""
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """EvalError in place of what reading a file that is no text, or is damaged, raises."""
+    try:
+        yield
+    except EvalError:
+        raise
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise EvalError(f"{path}: cannot be read, or the files beside it ({error}); expected UTF-8 text as written") from None
+
+
 def load(task: Task, split: str, data_dir: Path | None = None, hub: bool = False) -> list[Row]:
     """The checked rows of one split.
 
@@ -34,9 +46,10 @@ def load(task: Task, split: str, data_dir: Path | None = None, hub: bool = False
         for suffix, read in READERS.items():
             path = data_dir / task.name / f"{split}.{suffix}"
             if path.is_file():
-                _verify(path)
-                names = _tag_names(path.parent / TAG_NAMES)
-                return list(check(task, read(path), str(path), names))
+                with _reading(path):
+                    _verify(path)
+                    names = _tag_names(path.parent / TAG_NAMES)
+                    return list(check(task, read(path), str(path), names))
     rows = _from_hub(task, split, offline=not hub)
     if rows is None:
         expected = f"{data_dir / task.name}/{split}.{{{','.join(READERS)}}}" if data_dir else "no --data-dir was given"
@@ -53,11 +66,12 @@ def load_probe(name: str, data_dir: Path | None) -> dict[str, list[tuple[str, st
         raise EvalError(f"{name}: no file {path if data_dir else file + ' (no --data-dir was given)'}; {note}")
     splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
     where = {"tr": "train", "va": "validation", "te": "test"}
-    for number, line in _lines(path):
-        parts = line.split("\t")
-        if len(parts) < 3 or parts[0] not in where or parts[1] not in labels:
-            raise EvalError(f"{name}: {path}, line {number}: found {line[:60]!r}; {note}")
-        splits[where[parts[0]]].append((parts[1], parts[-1]))
+    with _reading(path):
+        for number, line in _lines(path):
+            parts = line.split("\t")
+            if len(parts) < 3 or parts[0] not in where or parts[1] not in labels:
+                raise EvalError(f"{name}: {path}, line {number}: found {line[:60]!r}; {note}")
+            splits[where[parts[0]]].append((parts[1], parts[-1]))
     incomplete = [split for split, rows in splits.items() if len({label for label, _ in rows}) < 2]
     if incomplete:
         raise EvalError(f"{name}: {path} lacks one of the labels in {', '.join(incomplete)}; {note}")
@@ -256,8 +270,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise EvalError(f"{path}, line {number}: not JSON ({error.msg}); expected one object per line") from None
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise EvalError(f"{path}, line {number}: not JSON ({reason}); expected one object per line") from None
         if not isinstance(row, dict):
             raise EvalError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
         yield f", line {number}", row

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Model:
             raise EvalError(f"{folder}: no such folder; expected a Hugging Face folder, a run's folder, or a Hub name")
         try:
             if folder.is_dir():
-                transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+                transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             elif not isinstance(huggingface_hub.try_to_load_from_cache(self.path, "config.json"), str):
                 huggingface_hub.model_info(self.path)  # one request, while from_pretrained retries for half a minute
         except Exception as error:  # OSError, ValueError, the HTTP client's own ...: each message names the problem
@@ -76,7 +77,8 @@ class Model:
         from sctd_ds.engine import checkpoint
 
         folders = checkpoint.kept(self.run / "checkpoints")
-        whole = [folder for folder in folders if checkpoint.about(folder)["settings"]["pretrain.stages"] == 1]
+        with _errors_of_checkpoints():
+            whole = [folder for folder in folders if checkpoint.about(folder)["settings"]["pretrain.stages"] == 1]
         return [replace(self, checkpoint=folder) for folder in whole]
 
     def read_importance(self) -> ImportanceTable | None:
@@ -94,11 +96,12 @@ class Model:
         from sctd_ds.engine import checkpoint
 
         assert self.checkpoint is not None
-        problem = checkpoint.verify(self.checkpoint)
-        if problem:
-            raise EvalError(f"{problem}; delete the checkpoint to leave it out")
-        settings = checkpoint.about(self.checkpoint)["settings"]
-        weights, scores = checkpoint.read_model(self.checkpoint)
+        with _errors_of_checkpoints():
+            problem = checkpoint.verify(self.checkpoint)
+            if problem:
+                raise checkpoint.CheckpointError(problem)
+            settings = checkpoint.about(self.checkpoint)["settings"]
+            weights, scores = checkpoint.read_model(self.checkpoint)
         if settings["sctd.method"] == "dense" or not POLICIES[settings["sctd.importance"]].has_table:
             return weights, None
         return weights, ImportanceTable(scores, settings["sctd.drop_ratio"], settings["sctd.importance"])
@@ -114,6 +117,17 @@ class Model:
         return fingerprint(*weights) if weights else self.path
 
 
+@contextlib.contextmanager
+def _errors_of_checkpoints() -> Iterator[None]:
+    """EvalError in place of a checkpoint's errors."""
+    from sctd_ds.engine.reader import CheckpointError
+
+    try:
+        yield
+    except CheckpointError as error:
+        raise EvalError(f"{error}; delete the checkpoint to leave it out") from None
+
+
 def fingerprint(*contents: Any) -> str:
     """16 hex digits that change with any of the contents: the bytes of a file (given as a Path), or a JSON value."""
     digest = hashlib.sha256()
@@ -127,6 +141,17 @@ def fingerprint(*contents: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def read_outcome(path: Path) -> dict[str, Any]:
+    """What `remember` wrote into a file. Raises EvalError for one that is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise EvalError(f"{path}: cannot be read ({error}); delete the file to measure again") from None
+    if not isinstance(record, dict) or not {"model", "task", "settings", "scores"} <= record.keys():
+        raise EvalError(f"{path}: not an outcome, or damaged; delete the file to measure again")
+    return record
+
+
 def remember(path: Path | None, settings: dict[str, Any], measure: Callable[[], Any], **about: Any) -> Any:
     """The outcome of `measure`, or of an earlier call with the same settings, which `path` keeps.
 
@@ -136,7 +161,7 @@ def remember(path: Path | None, settings: dict[str, Any], measure: Callable[[], 
         return measure()
     settings = json.loads(json.dumps(settings))
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_outcome(path)
         changed = [key for key in settings if found["settings"].get(key) != settings[key]]
         if changed:
             raise EvalError(f"{path}: measured with another {', '.join(changed)}; choose another --out, or delete the file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from sctd_ds.method.convert import is_converted, state_of
 
 IMPORTANCE = "importance.safetensors"
-"""A file of an exported folder: tensor "scores", [V] fp32, and as metadata the drop ratio and the importance policy."""
+"""A file of an exported folder: tensor "scores", [V] fp32, and as metadata the drop ratio, the importance policy, and a SHA-256
+of these."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,19 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
         plain.load_state_dict(weights)
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        plain.save_pretrained(partial)
-        _write_importance(engine_or_model, partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        if card is not None:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        try:
+            partial.mkdir(parents=True)
+            plain.save_pretrained(partial)
+            _write_importance(engine_or_model, partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            if card is not None:
+                (partial / "README.md").write_text(card, encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()
     return folder
@@ -69,8 +75,11 @@ def read_importance(folder: str | Path) -> ImportanceTable | None:
     try:
         with safe_open(file, framework="pt") as content:
             about = content.metadata() or {}
-            return ImportanceTable(content.get_tensor("scores"), float(about["drop_ratio"]), about["importance"])
-    except (SafetensorError, KeyError) as error:
+            table = ImportanceTable(content.get_tensor("scores"), float(about["drop_ratio"]), about["importance"])
+        if about.get("sha256", _digest(table)) != _digest(table):  # earlier versions wrote none
+            raise ValueError("its SHA-256 is not the one that was written")
+        return table
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{file}: not an importance table, or damaged ({error}); export the model again") from None
 
 
@@ -98,8 +107,16 @@ def _write_importance(engine_or_model: Any, folder: Path) -> None:
         return
     state = state_of(engine_or_model)
     if state.has_table:
-        about = {"drop_ratio": str(state.config.drop_ratio), "importance": state.importance.name}
-        save_file({"scores": state.importance.state_dict()["scores"].contiguous()}, folder / IMPORTANCE, metadata=about)
+        scores = state.importance.state_dict()["scores"].contiguous()
+        table = ImportanceTable(scores, state.config.drop_ratio, state.importance.name)
+        about = {"drop_ratio": str(table.drop_ratio), "importance": table.policy, "sha256": _digest(table)}
+        save_file({"scores": scores}, folder / IMPORTANCE, metadata=about)
+
+
+def _digest(table: ImportanceTable) -> str:
+    """The SHA-256 of all that a table says."""
+    about = f"{table.drop_ratio} {table.policy} {table.scores.dtype} {list(table.scores.shape)} "
+    return hashlib.sha256(about.encode() + table.scores.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _plain(engine_or_model: Any) -> Any:

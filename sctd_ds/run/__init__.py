@@ -7,6 +7,7 @@
     settings     one JSON file: read, overridden, checked
     models       the model: a new one, or a trained one
     probe        what a step of each mode takes
+    samples      masked text, and the words that the model puts there
     report       what the run leaves behind
     control      dense training with the same operations, to compare the run with
     job          data, batches, and the forecast of a dry run

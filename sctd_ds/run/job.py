@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,8 @@ from sctd_ds.run import models, report, settings
 from sctd_ds.run.probe import Probe
 from sctd_ds.run.settings import RunConfig
 
+logger = logging.getLogger(__name__)
+
 
 def load(
     source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), world_size: int = 1, method: str | None = None
@@ -28,6 +32,14 @@ def load(
     run = settings.load(source, overrides, world_size, method)
     models.check(run)
     return run
+
+
+def check_files(spec: str | list[str], run: RunConfig) -> None:
+    """DataError or ConfigError for data, a tokenizer or a model that cannot be used, as far as it shows in a moment: nothing is
+    built, and no text or weights are read."""
+    options = run.pretrain
+    models.check_weights(options)
+    data.check(spec, tokenizer=options.tokenizer or options.trained_model, seq_length=options.seq_length, rows=run.global_batch)
 
 
 def be_deterministic() -> None:
@@ -44,7 +56,10 @@ def be_deterministic() -> None:
 
 
 def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
-    """Built data, or raw text built once into data/cache: rank 0 works, the others wait. Raises DataError on every rank."""
+    """Built data, or raw text built once into data/cache: rank 0 works, the others wait. Raises DataError on every rank.
+
+    Every start reads all of the data once, to see that it is what was built.
+    """
     options = run.pretrain
 
     def build() -> str:
@@ -56,6 +71,9 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
             vocab_size=options.vocab_size,
             seq_length=options.seq_length,
         )
+        start = time.perf_counter()
+        size = sum(size for size, _ in data.load(path, seq_length=options.seq_length, verify=True).meta.files.values())
+        logger.info("%s: %.1f MB are as they were built (SHA-256, %.1f s)", path, size / 1e6, time.perf_counter() - start)
         return str(path)
 
     def load() -> data.PackedData:
@@ -64,12 +82,8 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
                 f"{path.absolute()} is not on {socket.gethostname()}, and every node needs the data: build them with "
                 "`python -m sctd_ds.data build` in a folder that all nodes share, or copy them there, and name it in --data"
             )
-        packed = data.load(path, seq_length=options.seq_length)
-        if len(packed.train) < run.global_batch:
-            raise data.DataError(
-                f"{path}: {len(packed.train)} training rows are fewer than one batch of {run.global_batch}: "
-                "add text, or lower train_batch_size or pretrain.seq_length"
-            )
+        data.check(str(path), seq_length=options.seq_length, rows=run.global_batch)
+        packed = data.load(path)
         if options.trained_model:
             data.check_tokenizer(packed, options.trained_model)
         return packed

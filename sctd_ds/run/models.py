@@ -51,6 +51,8 @@ SIZES = model_of(
 )
 """Keys of `pretrain.model` for a new model; the others of transformers.BertConfig are for decoders and other heads."""
 
+WEIGHTS = ("*.safetensors", "*.bin")
+"""Files of a model folder."""
 VOCABULARY_MULTIPLE = 64
 """A new model's embedding gets a multiple of this many rows, which suits the matrix units; ids beyond the tokenizer's are
 never used."""
@@ -73,6 +75,13 @@ def check(run: RunConfig) -> None:
         check_stages(stages, model.num_hidden_layers)
     if run.pretrain.layer_norm == "apex":
         apex.require("normalization")
+
+
+def check_weights(pretrain: PretrainConfig) -> None:
+    """ConfigError for a folder to continue from that holds no weights. Nothing is loaded."""
+    name = pretrain.trained_model
+    if name and Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in WEIGHTS):
+        raise ConfigError(f'pretrain.model="{name}" has no weights: expected a file {" or ".join(WEIGHTS)} beside config.json')
 
 
 def model_config(pretrain: PretrainConfig) -> transformers.PreTrainedConfig:
@@ -148,7 +157,7 @@ def _read_config(name: str) -> transformers.PreTrainedConfig:
     path, there = Path(name), False
     try:
         there = path.exists()
-        return transformers.AutoConfig.from_pretrained(name, local_files_only=there)
+        return transformers.AutoConfig.from_pretrained(name, local_files_only=there, trust_remote_code=False)
     except (OSError, ValueError) as error:  # what transformers raises for missing, broken and unknown models
         reason = one_line(error)
     looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
@@ -212,6 +221,7 @@ def _load_trained(name: str) -> transformers.PreTrainedModel:
             name,
             dtype=torch.float32,
             local_files_only=Path(name).exists(),
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
         )

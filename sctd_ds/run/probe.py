@@ -42,6 +42,8 @@ class Timed:
     """What the turns under one name took: ms of every call of every turn, and the peak device memory (None on a CPU)."""
 
     ms: list[list[float]] = field(default_factory=list)
+    work_ms: list[list[float]] = field(default_factory=list)
+    """The same without waiting for other processes: on a CPU the processor time of this one, elsewhere the device's, `ms`."""
     peak_bytes: int | None = None
 
 
@@ -53,26 +55,28 @@ def interleave(turns: Mapping[str, Callable[[], Sequence[Call]]], rounds: int, w
     timed = {name: Timed() for name in turns}
     for number in range(warmup + rounds):
         for name, prepare in turns.items():
-            ms, peak = time_calls(prepare())
+            ms, work_ms, peak = time_calls(prepare())
             if number >= warmup:
                 timed[name].ms.append(ms)
+                timed[name].work_ms.append(work_ms)
                 timed[name].peak_bytes = None if peak is None else max(peak, timed[name].peak_bytes or 0)
     return timed
 
 
-def time_calls(calls: Sequence[Call]) -> tuple[list[float], int | None]:
-    """Make the calls one after the other: ms of each, and the peak device memory in bytes (None on a CPU).
+def time_calls(calls: Sequence[Call]) -> tuple[list[float], list[float], int | None]:
+    """Make the calls one after the other: ms of each, its `Timed.work_ms`, and the peak device memory in bytes (None on a CPU).
 
     Nothing waits for the device in between, as in training: events mark where each call's work ends. Only the first call
     finds the device idle.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        seconds = [time.perf_counter()]
+        clocks = [(time.perf_counter(), time.process_time())]
         for call in calls:
             call()
-            seconds.append(time.perf_counter())
-        return [1e3 * (end - start) for start, end in itertools.pairwise(seconds)], None
+            clocks.append((time.perf_counter(), time.process_time()))
+        ms, work_ms = ([1e3 * (end - start) for start, end in itertools.pairwise(clock)] for clock in zip(*clocks, strict=True))
+        return ms, work_ms, None
     accelerator.synchronize()
     accelerator.reset_peak_memory_stats()
     marks = [accelerator.Event(enable_timing=True) for _ in range(len(calls) + 1)]
@@ -81,7 +85,8 @@ def time_calls(calls: Sequence[Call]) -> tuple[list[float], int | None]:
         call()
         mark.record()
     accelerator.synchronize()
-    return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)], accelerator.max_memory_allocated()
+    ms = [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
+    return ms, ms, accelerator.max_memory_allocated()
 
 
 def release_memory() -> None:
@@ -116,10 +121,11 @@ def choose_step(engine: Any, mode: Mode, untouched: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Probe:
-    """Medians over the timed steps, in ms and bytes, by mode; "huggingface" is the untouched model."""
+    """What a step takes, in ms and bytes, by mode; "huggingface" is the untouched model."""
 
     step_ms: dict[str, float]
-    """One whole optimizer step: accumulation steps x micro-batch + update."""
+    """One whole optimizer step: accumulation steps x micro-batch + update. That of dense is the median, and each other mode's
+    is dense's times the median of the ratios within the rounds, in which the load of the machine cancels."""
     micro_ms: dict[str, list[float]] = field(default_factory=dict)
     """Forward and backward of one micro-batch, every timed repetition."""
     update_ms: float | None = None
@@ -169,12 +175,9 @@ def _measure_data_parallel(model: nn.Module, run: RunConfig, batches: Iterator[M
     engine.destroy()
     micro_ms = {name: [micro for micro, _ in each.ms] for name, each in timed.items()}
     update_ms = statistics.median(update for mode in modes(run.sctd) for _, update in timed[mode].ms)
-    plain_update_ms = statistics.median(update for _, update in timed[HUGGING_FACE].ms)
-    step_ms: dict[str, float] = {}
-    for name, ms in micro_ms.items():
-        update = plain_update_ms if name == HUGGING_FACE else update_ms
-        step_ms[name] = run.accumulation * statistics.median(ms) + update
-    return Probe(step_ms, micro_ms, update_ms, peak_bytes=_peaks(timed))
+    dense_ms = run.accumulation * statistics.median(micro_ms["dense"]) + update_ms
+    work = {name: [run.accumulation * micro + update for micro, update in each.work_ms] for name, each in timed.items()}
+    return Probe(_relative_to_dense(dense_ms, work), micro_ms, update_ms, peak_bytes=_peaks(timed))
 
 
 def _measure_pipeline(model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int) -> Probe:
@@ -193,14 +196,20 @@ def _measure_pipeline(model: nn.Module, run: RunConfig, batches: Iterator[Mappin
         return [partial(step, mode)]
 
     timed = interleave({mode: partial(turn, mode) for mode in modes(run.sctd)}, repeats, WARMUP)
-    step_ms, bubble_share = {}, {}
-    for mode, each in timed.items():
-        step_ms[mode] = statistics.median(ms for (ms,) in each.ms)
+    elapsed = {mode: [ms for (ms,) in each.ms] for mode, each in timed.items()}
+    step_ms, bubble_share = _relative_to_dense(statistics.median(elapsed["dense"]), elapsed), {}
+    for mode in timed:
         work = torch.tensor(statistics.median(work_ms[mode][WARMUP:]), device=engine.device)
         dist.all_reduce(work)
         bubble_share[mode] = 1 - work.item() / run.ranks / step_ms[mode]
     engine.destroy()
     return Probe(step_ms, bubble_share=bubble_share, peak_bytes=_peaks(timed))
+
+
+def _relative_to_dense(dense_ms: float, rounds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Step times from dense's and the times of every round: see `Probe.step_ms`."""
+    ratios = {name: [ms / base for ms, base in zip(each, rounds["dense"], strict=True)] for name, each in rounds.items()}
+    return {name: dense_ms * statistics.median(each) for name, each in ratios.items()}
 
 
 def _peaks(timed: Mapping[str, Timed]) -> dict[str, int]:

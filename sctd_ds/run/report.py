@@ -10,18 +10,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from sctd_ds.data import PackedData
+from sctd_ds.data import PackedData, unigram_loss
 from sctd_ds.integrations.export import export
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 from sctd_ds.method.plan import kept_tokens
 from sctd_ds.method.schedule import dense_phases, mode_shares, modes
-from sctd_ds.run import metrics
+from sctd_ds.run import metrics, output, samples
 from sctd_ds.run.environment import Environment, peak_flops, versions
 from sctd_ds.run.metrics import METRICS, Event, Record
 from sctd_ds.run.probe import HUGGING_FACE, Probe
+from sctd_ds.run.samples import Sample
 from sctd_ds.run.settings import RunConfig
 
 
@@ -45,6 +47,10 @@ class Report:
     """What decides whether losses of two runs compare: the data's fingerprint, its held-out rows, their length and masks."""
     validation_before: Record
     """That of a trained model, before the first step."""
+    unigram_loss: float | None
+    """Validation loss of a model that knows no more than how frequent words are; see `data.unigram_loss`."""
+    samples: list[Sample]
+    """Masked text, and the words of the model before and after training; none of a pipeline."""
     flops_saved: float
     flops_per_sequence: dict[str, float]
     """By mode."""
@@ -80,9 +86,14 @@ class Report:
 
 
 def build(
-    run: RunConfig, shape: Shape, probe: Probe | None, records: Sequence[Record] = (), packed: PackedData | None = None
+    run: RunConfig,
+    shape: Shape,
+    probe: Probe | None,
+    records: Sequence[Record] = (),
+    packed: PackedData | None = None,
+    read: Sequence[Sample] = (),
 ) -> Report:
-    """The report of a run with these records on this data; without any, what its settings and the probe say."""
+    """The report of a run with these records and samples on this data; without any, what its settings and the probe say."""
     train, validation = metrics.of("train", records), metrics.of("validation", records)
     device_type = get_accelerator().device_name()
     environment = Environment.collect(device_type)
@@ -100,6 +111,8 @@ def build(
         validation=validation[-1] if validation else {},
         validated_on=_validated_on(run, packed) if packed else {},
         validation_before=next((record for record in validation if record["step"] == 0), {}),
+        unigram_loss=unigram_loss(packed, run.pretrain.validation_rows) if packed else None,
+        samples=list(read),
         flops_saved=flops_saved(shape, run.sctd),
         flops_per_sequence=flops,
         kept_token_share=kept_share(run),
@@ -141,17 +154,21 @@ def kept_share(run: RunConfig) -> float:
 
 
 def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe: Probe | None, folder: Path) -> None:
-    """Export the model, write the report and print it. Every rank calls."""
+    """Export the model, write the report and print it. Every rank calls. Raises OutputError for what cannot be written."""
     tokenizer = packed.tokenizer
     tokenizer.model_max_length = max(tokenizer.model_max_length, run.pretrain.seq_length)
     if dist.get_rank() > 0:
         export(engine, folder / "model")
         return
     records = metrics.read(folder / "metrics.jsonl")
-    report = build(run, shape, probe, records, packed)
-    export(engine, folder / "model", tokenizer, card(report, run, packed.meta.sources))
-    (folder / "report.json").write_text(json.dumps(report.to_json(), indent=2), encoding="utf-8")
-    plot(report, records, folder / "report.png")
+    read = samples.read(engine.module, packed, folder) if run.pretrain.stages == 1 else []
+    report = build(run, shape, probe, records, packed, read)
+    with output.errors(folder / "model"):
+        export(engine, folder / "model", tokenizer, card(report, run, packed.meta.sources))
+    with output.replacing(folder / "report.json") as partial:
+        partial.write_text(json.dumps(report.to_json(), indent=2), encoding="utf-8")
+    with output.replacing(folder / "report.png") as partial:
+        plot(report, records, partial)
     print(text(report, folder))
 
 
@@ -164,6 +181,9 @@ def text(report: Report, folder: Path) -> str:
         )
     if report.validation:
         lines.append(f"  validation       {metrics.text('validation', report.validation, report.validation_before)}")
+    if report.unigram_loss is not None and report.validation:
+        gain = report.unigram_loss - report.validation["loss_full"]
+        lines.append(f"  word frequencies loss {report.unigram_loss:.4f}, so the model has learned {gain:.2f} nats beyond them")
     lines += saving_lines(report)
     if report.samples_per_s:
         speed = f"{report.samples_per_s:,.1f} sequences/s, {report.tokens_per_s:,.0f} tokens/s"
@@ -171,6 +191,8 @@ def text(report: Report, folder: Path) -> str:
         lines.append(f"  speed            {speed}{share}")
     lines.append(f"  model            {folder / 'model'}   (AutoModelForMaskedLM.from_pretrained loads it)")
     lines.append(f"  details          {folder / 'report.json'}, {folder / 'report.png'}, {folder / 'metrics.jsonl'}")
+    for sample in report.samples:
+        lines.append("  masked text      " + str(sample).replace("\n", "\n" + " " * 19))
     return "\n".join(lines)
 
 
@@ -240,41 +262,83 @@ def _or_not_measured(style: str, value: float | None) -> str:
 
 
 def plot(report: Report, records: Sequence[Record], path: Path) -> None:
-    """Losses, step times by mode, and the saving."""
+    """Losses, the saving, learning rate, gradient norm and step times by mode, with dense phases shaded."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    loss, times, saving = figure.subplots(1, 3)
-
-    styles: dict[Event, dict[str, Any]] = {"train": {"lw": 0.8, "alpha": 0.6}, "validation": {"marker": "o", "ms": 3}}
-    for event, style in styles.items():
-        for metric in METRICS[event]:
-            recorded = [r for r in metrics.of(event, records) if r.get(metric.name) is not None]
-            if metric.drawn and recorded:
-                steps, values = [r["step"] for r in recorded], [r[metric.name] for r in recorded]
-                loss.plot(steps, values, label=f"{event}: {metric.label}", **style)
-    loss.set(title="Loss", xlabel="step", ylabel="nats per masked token")
-
-    for mode in report.run_step_ms:
-        points = [(r["step"], r["step_ms"]) for r in metrics.of("train", records) if r["mode"] == mode]
-        times.plot(*zip(*points, strict=True), ".", ms=3, label=mode)
-    if "dense" in report.step_ms and "dense" not in report.run_step_ms:
-        times.axhline(report.step_ms["dense"], color="k", lw=1, ls="--", label="dense (measured at start-up)")
-    times.set(title="Step time by mode", xlabel="step", ylabel="ms", ylim=(0, None))
-    for panel in (loss, times):
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    panels = figure.subplot_mosaic([["loss", "loss", "saving"], ["rate", "norm", "times"]])
+    _plot_losses(panels["loss"], report, records)
+    _plot_saving(panels["saving"], report)
+    train = metrics.of("train", records)
+    panels["rate"].plot(*_points(train, "lr"))
+    panels["rate"].set(title="Learning rate", xlabel="step", ylim=(0, None))
+    panels["norm"].plot(*_points(train, "grad_norm"), lw=0.8)
+    panels["norm"].set(title="Gradient norm before clipping", xlabel="step", ylim=(0, _most(_points(train, "grad_norm")[1])))
+    _plot_times(panels["times"], report, train)
+    for name in ("loss", "rate", "norm", "times"):
         for number, (first, last) in enumerate(report.dense_phases):
-            panel.axvspan(first - 0.5, last + 0.5, color="0.92", zorder=0, label=None if number else "dense phase")
-        if panel.lines:
-            panel.legend(fontsize=8)
+            panels[name].axvspan(first - 0.5, last + 0.5, color="0.92", zorder=0, label=None if number else "dense phase")
+        if panels[name].get_legend_handles_labels()[0]:
+            panels[name].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
 
+
+def _plot_losses(panel: Any, report: Report, records: Sequence[Record]) -> None:
+    """Every drawn metric; training's also as a running mean."""
+    styles: dict[Event, dict[str, Any]] = {"train": {"lw": 0.6, "alpha": 0.4}, "validation": {"marker": "o", "ms": 3}}
+    drawn: list[float] = []
+    for event, style in styles.items():
+        for metric in (metric for metric in METRICS[event] if metric.drawn):
+            steps, values = _points(metrics.of(event, records), metric.name)
+            if not values:
+                continue
+            (line,) = panel.plot(steps, values, label=f"{event}: {metric.label}", **style)
+            drawn += values
+            if event == "train" and (window := len(values) // 40) > 1:
+                smooth = np.convolve(values, np.full(window, 1 / window), "valid")
+                panel.plot(steps[window - 1 :], smooth, color=line.get_color(), label=f"{metric.label}, mean of {window} steps")
+    if report.unigram_loss is not None:
+        panel.axhline(report.unigram_loss, color="k", lw=1, ls="--", label="word frequencies alone")
+    if drawn:
+        panel.set_ylim(min(drawn) - 0.05 * (_most(drawn) - min(drawn)), _most(drawn))
+    panel.set(title="Loss", xlabel="step", ylabel="nats per masked token")
+
+
+def _plot_times(panel: Any, report: Report, train: Sequence[Record]) -> None:
+    most = 0.0 if report.run_step_ms else 1.0
+    for mode in report.run_step_ms:
+        steps, ms = _points([record for record in train if record["mode"] == mode], "step_ms")
+        panel.plot(steps, ms, ".", ms=3, label=mode)
+        most = max(most, _most(ms))
+    if "dense" in report.step_ms and "dense" not in report.run_step_ms:
+        panel.axhline(report.step_ms["dense"], color="k", lw=1, ls="--", label="dense (measured at start-up)")
+        most = max(most, 1.1 * report.step_ms["dense"])
+    panel.set(title="Step time by mode", xlabel="step", ylabel="ms", ylim=(0, most))
+
+
+def _plot_saving(panel: Any, report: Report) -> None:
     bars = {
         "operations": report.flops_saved,
         "time, against\nour dense": report.time_saved,
         "time, against\nHugging Face": report.time_saved_against_huggingface,
     }
     known = {label: 100 * share for label, share in bars.items() if share is not None}
-    drawn = saving.bar(list(known), list(known.values()), color=["tab:gray", "tab:blue", "tab:green"][: len(known)])
-    saving.bar_label(drawn, fmt="%.1f %%")
-    saving.margins(y=0.15)
-    saving.set(title="Saved per step, on average", ylabel="%")
-    figure.savefig(path, dpi=130)
+    drawn = panel.bar(list(known), list(known.values()), color=["tab:gray", "tab:blue", "tab:green"][: len(known)])
+    panel.bar_label(drawn, fmt="%.1f %%")
+    panel.margins(y=0.15)
+    panel.set(title="Saved per step, on average", ylabel="%")
+
+
+def _points(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric where it is known and finite."""
+    known = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    finite = [(step, value) for step, value in known if math.isfinite(value)]
+    return [step for step, _ in finite], [value for _, value in finite]
+
+
+def _most(values: Sequence[float]) -> float:
+    """The upper end of an axis, which leaves the highest twentieth out where it would flatten the rest."""
+    if not values:
+        return 1.0
+    high = float(np.quantile(values, 0.95))
+    return min(1.05 * max(values), 1.5 * high)

@@ -70,6 +70,24 @@ class RunConfig:
         return {".".join(path): value for path, value in leaves(blocks)}
 
 
+def shipped() -> dict[str, Path]:
+    """The configurations that come with this package, by name."""
+    package = Path(__file__).resolve().parents[1]
+    # Beside the package in a checkout, inside of it where it is installed.
+    folder = next(path for path in (package / "ds_configs", package.parent / "ds_configs") if path.is_dir())
+    return {file.stem: file for file in sorted(folder.glob("*.json"))}
+
+
+def find(source: str | Path) -> Path:
+    """The configuration file `source`, or the shipped one of that name; a file wins. Raises ConfigError for neither."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if str(source) not in shipped():
+        raise ConfigError(f"{source}: no such configuration file; by name there are {', '.join(shipped())}")
+    return shipped()[str(source)]
+
+
 def load(
     source: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
@@ -78,12 +96,13 @@ def load(
 ) -> RunConfig:
     """Read, override, check and resolve a run's configuration.
 
-    source: a JSON file, or its content as a mapping. overrides: "dotted.key=value", value in JSON or a bare word.
+    source: a JSON file, the name of a shipped one, or its content as a mapping. overrides: "dotted.key=value", value in JSON
+    or a bare word.
     world_size: processes of the run. method: train with this one in place of the file's, under a name of its own.
     Raises ConfigError.
     """
     # Read the file, and change what the command line asks for
-    raw, name = read_json(source)
+    raw, name = read_json(source if isinstance(source, Mapping) else find(source))
     if method is not None:
         of_file = json_block(raw, "sctd").get("method", ScTDConfig().method)
         name = name if method == of_file else f"{name}_{method}"

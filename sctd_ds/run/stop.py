@@ -36,8 +36,9 @@ class Launcher:
     `deepspeed` command above launch.py, which does not notice either. A rank that was started by hand has no launcher.
     """
 
-    def __init__(self) -> None:
-        self._levels = 1 + _runner_is_above() if "LOCAL_RANK" in os.environ else 0
+    def __init__(self, launched: bool) -> None:
+        """launched: whether a launcher started this rank."""
+        self._levels = 1 + _runner_is_above() if launched else 0
         self._at_start = _ancestors(self._levels)
 
     def is_lost(self) -> bool:

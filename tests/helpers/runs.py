@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import pretrain
-from sctd_ds import data
+from sctd_ds import data, pretrain
 from sctd_ds.run import metrics
 
 STEPS, INTERVAL, EPOCH = 14, 4, 5

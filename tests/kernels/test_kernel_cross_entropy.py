@@ -9,7 +9,7 @@ from sctd_kernels import cross_entropy, reference, token_cross_entropy
 from helpers.kernels import DEVICE, FLOATS, LAYOUTS, assert_as_good_as_torch, random, random_shapes
 
 BLOCK = cross_entropy.BLOCK_V
-SHAPES = [(1, 1), (6, 5), (3, 1000), (2, BLOCK), (2, BLOCK + 1), (2, 2 * BLOCK - 6)]
+SHAPES = [(1, 1), (6, 5), (3, 1000), (2, BLOCK), (2, BLOCK + 1), (2, 2 * BLOCK - 6), (2, 3 * BLOCK + 7)]
 
 
 def random_labels(N, V, dtype=torch.int64):
