@@ -13,7 +13,6 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-
 import sctd_ds
 from helpers.bert import small_bert
 from helpers.runs import write_settings

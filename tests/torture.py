@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import pickle
 import random
@@ -522,6 +523,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not plan.keys() <= ATTACKS.keys():
         parser.error(f"unknown kind; known: {', '.join(ATTACKS)}")
     counts = {kind: Counter() for kind in plan}
+    logging.disable(logging.WARNING)  # of the code under attack, about the attacks
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends what was started, too
     with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as folder:
         yard = Yard(Path(folder))
