@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # Threads that spin while they wait take cores from everything else on the machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check format kernels-compile kernels-compile-oldest clean
+.PHONY: demo test check format torture kernels-compile kernels-compile-oldest clean
 
 $(VENV)/installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ format: $(VENV)/installed
 test: check kernels-compile
 	$(BIN)/python -m pytest -q tests/kernels
 	$(BIN)/python -m pytest -q --ignore=tests/kernels
+
+# Attacks small runs from all sides, by default for ten minutes; ARGS="--hours 8 --seed 3 --only kills".
+torture: $(VENV)/installed
+	$(BIN)/python tests/torture.py $(ARGS)
 
 # Builds cubins for sm_80 and sm_90 without a GPU, with the installed Triton or with the oldest supported one.
 kernels-compile: $(VENV)/installed

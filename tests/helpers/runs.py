@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from sctd_ds import pretrain
+from sctd_ds import data, pretrain
 from sctd_ds.run import metrics
 
 STEPS, INTERVAL, EPOCH = 14, 4, 5
@@ -48,6 +49,15 @@ def settings(**changes: object) -> dict:
 def write_settings(path: Path, **changes: object) -> Path:
     path.write_text(json.dumps(settings(**changes)))
     return path
+
+
+def build_small_data(folder: Path) -> Path:
+    """A built data set of generated text: 40 training rows of 32 tokens, so an epoch is 5 steps of 8."""
+    generator = random.Random(0)
+    words = [f"{a}{b}" for a in ("ba", "ko", "mi", "tu", "re", "sal") for b in ("ndo", "ri", "lette", "x", "gam", "s")]
+    documents = [" ".join(generator.choice(words) for _ in range(generator.randint(20, 60))) + "." for _ in range(31)]
+    (folder / "text.txt").write_text("\n\n".join(documents))
+    return data.build([str(folder / "text.txt")], folder / "built", vocab_size=300, seq_length=32, validation_fraction=0.1)
 
 
 # A run that never stops, and the same run continued from its checkpoints. Every rank calls these; a launch that does both,
