@@ -48,8 +48,8 @@ class _Block(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(error, values, self.block, type(self).model_fields))) from None
-        for problem in _misread(values, self, self.block):
+            raise ConfigError("; ".join(_explain(error, values, self.block, type(self).model_fields).values())) from None
+        for _, problem in _misread(values, self, self.block):
             raise ConfigError(problem)
 
 
@@ -244,20 +244,20 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Iter
 # Errors in the words of the file
 
 
-def problems(block: Mapping[str, Any], where: str, model: type[BaseModel]) -> list[str]:
-    """What a pydantic model refuses of the block at `where`: one line each, which starts with the key."""
+def problems(block: Mapping[str, Any], where: str, model: type[BaseModel]) -> dict[str, str]:
+    """What a pydantic model refuses of the block at `where`, by dotted key: one line each."""
     try:
-        return list(_misread(block, model(**block), where))
+        return dict(_misread(block, model(**block), where))
     except ValidationError as error:
         return _explain(error, block, where, model.model_fields)
     except ConfigError as error:
-        return [str(error)]
+        return {where: str(error)}
     except (AssertionError, TypeError, ValueError) as error:  # of DeepSpeed's models, about forms and pairs of keys
-        return [f"{where}: {one_line(error)}"]
+        return {where: f"{where}: {one_line(error)}"}
 
 
-def _explain(error: ValidationError, block: Mapping[str, Any], where: str, known: Iterable[str]) -> list[str]:
-    """pydantic's errors about the block at `where`, one line for each key."""
+def _explain(error: ValidationError, block: Mapping[str, Any], where: str, known: Iterable[str]) -> dict[str, str]:
+    """pydantic's errors about the block at `where`, by dotted key: one line each."""
     lines: dict[str, str] = {}
     for item in error.errors():
         key = _key(item["loc"], block, where)
@@ -273,7 +273,7 @@ def _explain(error: ValidationError, block: Mapping[str, Any], where: str, known
             lines[key] += f", or {expected}"
         else:
             lines[key] = f"{key}={short(item['input'])}: {expected}"
-    return list(lines.values())
+    return lines
 
 
 def _key(location: tuple[int | str, ...], block: Any, where: str) -> str:
@@ -287,8 +287,8 @@ def _key(location: tuple[int | str, ...], block: Any, where: str) -> str:
     return ".".join(path)
 
 
-def _misread(given: Any, read: Any, key: str) -> Iterator[str]:
-    """Where pydantic took true, 3 and "3" for each other, which differ in JSON.
+def _misread(given: Any, read: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Where pydantic took true, 3 and "3" for each other, which differ in JSON: dotted keys, and why.
 
     given: a value as written. read: what pydantic made of it.
     """
@@ -300,7 +300,7 @@ def _misread(given: Any, read: Any, key: str) -> Iterator[str]:
         for value, item in zip(given, read, strict=False):
             yield from _misread(value, item, key)
     elif isinstance(read, Number) and _kind(given) != _kind(read):
-        yield f"{key}={short(given)}: expected {_kind(read)}"
+        yield key, f"{key}={short(given)}: expected {_kind(read)}"
 
 
 def _kind(value: Any) -> str:

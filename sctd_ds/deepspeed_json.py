@@ -289,8 +289,7 @@ def _known(block: Block, model: Model) -> Block:
 def _values(block: Block, where: str, model: Model) -> Iterator[Finding]:
     """Values of a block that its model refuses."""
     known = _known(block, model)
-    for problem in problems(known, where, model):
-        key = problem.split("=")[0].split(" ")[0].rstrip(":")
+    for key, problem in problems(known, where, model).items():
         if key.rpartition(".")[2] not in block.keys() - known:  # what is there as "auto" is not missing
             yield Finding("refused", key, problem, "correct the value")
 

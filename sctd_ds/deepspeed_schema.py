@@ -24,6 +24,7 @@ from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.config import DtypeEnum
 from deepspeed.runtime.data_pipeline import config as data_efficiency
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.model_checkpointing import config as checkpoint
@@ -77,8 +78,6 @@ def _word(*words: str) -> Any:
 Count = Annotated[int, Field(ge=1)]
 Rows = Annotated[int, Field(ge=1, strict=True)]  # nothing turns 8.0 into 8 later
 Precision = Literal["fp16", "bf16", "fp32"] | None
-_PROFILER = deepspeed_config.DeepSpeedFlopsProfilerConfig({})
-_ACTIVATIONS = deepspeed_config.DeepSpeedActivationCheckpointingConfig({})
 _EFFICIENCY = data_efficiency.get_data_efficiency_config({})
 
 
@@ -104,10 +103,12 @@ BLOCKS: dict[str, Model] = {
     "hybrid_engine": deepspeed_config.HybridEngineConfig,
     "weight_quantization": WeightQuantConfig,
     "timers": model_of({"throughput": DeepSpeedThroughputTimerConfig}),
-    "tensor_parallel": deepspeed_config.get_tensor_parallel_config({}).__class__,
+    "tensor_parallel": type(deepspeed_config.get_tensor_parallel_config({})),
     "expert_parallel": like({key: None for key in vars(AutoEPConfig()) if not key.startswith("_")}),
-    "activation_checkpointing": like(_ACTIVATIONS, number_checkpoints=Count | None),
-    "flops_profiler": like(_PROFILER, output_file=str | None, profile_step=Count),
+    "activation_checkpointing": like(
+        deepspeed_config.DeepSpeedActivationCheckpointingConfig({}), number_checkpoints=Count | None
+    ),
+    "flops_profiler": like(deepspeed_config.DeepSpeedFlopsProfilerConfig({}), output_file=str | None, profile_step=Count),
     "aio": like(get_aio_config({})),
     "autotuning": like(deepspeed_config.DeepSpeedAutotuningConfig({})),
     "pipeline": like(deepspeed_config.get_pipeline_config({}), stages=Count | Literal["auto"]),
@@ -134,7 +135,7 @@ BLOCKS: dict[str, Model] = {
     "torch_autocast": model_of(
         {
             "enabled": bool,
-            "dtype": Literal["float16", "bfloat16", "fp16", "bf16", "half", "torch.float16", "torch.bfloat16"],
+            "dtype": Literal[tuple(name for kind in (DtypeEnum.fp16, DtypeEnum.bf16) for name in kind._all_values[1:])],
             "lower_precision_safe_modules": list[str] | None,
         }
     ),

@@ -104,7 +104,7 @@ def _new_config(pretrain: PretrainConfig) -> transformers.BertConfig:
     sizes = dict(BERT_SIZES[pretrain.model] if isinstance(pretrain.model, str) else pretrain.model)
     if "vocab_size" in sizes:
         raise ConfigError("pretrain.model.vocab_size: the vocabulary comes from the tokenizer; remove the key")
-    for problem in problems(sizes, "pretrain.model", SIZES):
+    for problem in problems(sizes, "pretrain.model", SIZES).values():
         raise ConfigError(problem)
     sizes = SIZES(**sizes).model_dump(exclude_unset=True)
     length = pretrain.seq_length
