@@ -271,7 +271,7 @@ def test_a_folder_that_nobody_may_write_is_refused(tmp_path, monkeypatch):
 
 
 def test_shipped_configurations_have_names_and_a_file_of_the_same_name_wins(tmp_path, monkeypatch):
-    assert set(settings.shipped()) == {"tiny", "base", "large", "adapt", "base_pipeline"}
+    assert set(settings.shipped()) == {"tiny", "base", "base_fast", "base_pipeline", "large", "adapt"}
     monkeypatch.chdir(tmp_path)
     assert job.load("tiny").name == "tiny" and job.load("tiny").sctd.interval == 10
     write_settings(tmp_path / "tiny")

@@ -131,7 +131,7 @@ def test_a_step_stops_the_host_once_and_a_micro_batch_never(rank, name):
     assert found["stops"] == [([], []), ([], ["tolist"])]
 
 
-@pytest.mark.parametrize("name", ["base", "adapt"])
+@pytest.mark.parametrize("name", ["base", "base_fast", "adapt"])
 def test_what_is_shipped_has_one_engine(fp16, name):
     keys = ("zero_optimization", "timers", "fp16", "data_types", "gradient_clipping")
     assert [shipped(name, 1)[key] for key in keys] == [shipped("large", 1)[key] for key in keys]
