@@ -92,7 +92,11 @@ PARTS: dict[str, Part] = {
     "resume": Part("a run that stops and continues bit for bit", 5, (*PYTEST, RESUMED + "[{device}]")),
     "large": Part("ds_configs/large.json fits: memory and forecast", 5, (*DRY_RUN, "{large}", "{rows}", "--data", "{data}")),
     "kernel-speed": Part("kernels against copy bandwidth", 5, (*KERNELS, "{quick}")),
-    "eager": Part("what torch.compile is worth", 4, (*STEPS, "--no-engine", "--variants", "drop;dense, eager;drop, eager")),
+    "eager": Part(
+        "what torch.compile and the one-pass backward are worth",
+        6,
+        (*STEPS, "--no-engine", "--variants", "drop;drop, one pass;dense, eager;drop, eager;drop, one pass, eager"),
+    ),
     "deterministic": Part(
         "what kernels that repeat bit for bit cost", 4, (*STEPS, "--no-engine", "--variants", "drop", "--deterministic")
     ),

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForMaskedLM
 import sctd_ds
 from benchmarks import random_ltd
 from benchmarks.profiling import UPDATE
+from sctd_ds.adapters.huggingface import BertAdapter
 from sctd_ds.config import BERT_SIZES, ScTDConfig
 from sctd_ds.method.convert import state_of
 from sctd_ds.method.flops import Shape, part_flops, sequence_flops
@@ -59,6 +60,8 @@ class Variant:
     """The converted model, or the untouched one: as it is, compiled, or with random-LTD's layers."""
     eager: bool = False
     """Without torch.compile, whatever the others do."""
+    one_pass: bool = False
+    """With `BertAdapter.one_pass_backward`."""
 
     @property
     def converted(self) -> bool:
@@ -79,6 +82,8 @@ VARIANTS = (
     Variant(DROP_WHOLE, "drop", {"last_layer": "all"}, against=DENSE_WHOLE),
     Variant("dense, eager", "dense", eager=True),
     Variant("drop, eager", "drop", against="drop", eager=True),
+    Variant("drop, one pass", "drop", against="drop", one_pass=True),
+    Variant("drop, one pass, eager", "drop", against="drop", eager=True, one_pass=True),
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
@@ -221,6 +226,7 @@ class Trainer:
         """Make the next steps those of `variant`."""
         self.variant = variant
         torch.compiler.set_stance("force_eager" if variant.eager else "default")
+        BertAdapter.one_pass_backward = variant.one_pass
         self.model.forward = self._forwards[variant.model]
         self.model.bert.encoder.layer = self._layers
         state_of(self.model).config = case.config(variant)
@@ -249,6 +255,7 @@ class Trainer:
     def close(self) -> None:
         """Release the memory, and that of what was compiled. Only `variant` stays readable."""
         torch.compiler.set_stance("default")
+        BertAdapter.one_pass_backward = False
         torch._dynamo.reset()
         if self.engine is not None:
             self.engine.destroy()

@@ -11,9 +11,11 @@ from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
+import sctd_kernels
 import torch
 from deepspeed.ops.random_ltd import dropping_utils
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -23,6 +25,7 @@ from benchmarks.harness import MEASURED
 from benchmarks.steps import ALIGN, BY_NAME, HUGGING_FACE, RANDOM_LTD, SEPARATE, VARIANTS, Case, Setup, Trainer
 from benchmarks.train_step import Measured
 from helpers import ROOT
+from sctd_ds.adapters.huggingface import BertAdapter
 from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.method.convert import state_of
 from sctd_ds.method.encoder import Encoder
@@ -409,6 +412,23 @@ def test_an_eager_variant_runs_no_compiled_graph(monkeypatch):
         trainer.step(batch)
         assert bool(ran) == compiled, name
     trainer.close()
+
+
+def test_a_one_pass_variant_runs_its_operators_and_no_other_does(monkeypatch, setup):
+    operators = {name: Mock(wraps=getattr(sctd_kernels, name)) for name in ("linear_gelu", "layer_norm")}
+    for name, operator in operators.items():
+        monkeypatch.setattr(sctd_kernels, name, operator)
+    trainer = Trainer("toy", setup)
+    (batch,) = CASE.batches(DEVICE, count=1)
+    for name, called in (("drop", False), ("drop, one pass", True), ("dense", False)):
+        for operator in operators.values():
+            operator.reset_mock()
+        trainer.choose(BY_NAME[name], CASE)
+        trainer.step(batch)
+        assert [operator.called for operator in operators.values()] == [called] * 2, name
+    trainer.choose(BY_NAME["drop, one pass"], CASE)
+    trainer.close()
+    assert not BertAdapter.one_pass_backward
 
 
 def test_a_few_slow_steps_do_not_keep_the_figure_from_being_drawn(setup, tmp_path):
