@@ -321,6 +321,15 @@ def test_samples_have_the_model_s_words_before_and_after(small_data, tmp_path):
         assert "[CLS]" not in sample.text and f"text: {sample.answers[0]}" in str(sample)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", '[{"text": 1}]', "null"])
+def test_damaged_samples_cost_a_warning(small_data, tmp_path, caplog, content):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 320}
+    packed, model = data.load(small_data), BertForMaskedLM(BertConfig(**sizes))
+    (tmp_path / samples.FILE).write_text(content)
+    assert all(sample.after and not sample.before for sample in samples.read(model, packed, tmp_path))
+    assert f"{samples.FILE} is damaged" in caplog.text
+
+
 def test_a_busy_machine_does_not_change_the_saving():
     """One round's dense step met another process; the ratio of every other round is right."""
     rounds = {"dense": [10.0, 90.0, 10.0], "drop": [7.0, 7.0, 7.0], "align": [12.0, 108.0, 12.0]}

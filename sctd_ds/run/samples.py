@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 from sctd_ds import data
 from sctd_ds.data import PackedData
+from sctd_ds.run import output
+
+logger = logging.getLogger(__name__)
 
 ROWS, LENGTH = 3, 24
 """How many validation rows are shown, and how many tokens of each."""
@@ -38,14 +42,18 @@ class Sample:
 def remember(model: nn.Module, packed: PackedData, folder: Path) -> None:
     """Write down what the untrained model answers, for `read`. The model stays in training or evaluation."""
     samples = [asdict(Sample(text, answers, before=words)) for text, answers, words in _fill(model, packed)]
-    (folder / FILE).write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
+    with output.replacing(folder / FILE) as partial:
+        partial.write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def read(model: nn.Module, packed: PackedData, folder: Path) -> list[Sample]:
     """The samples with the words of the trained model, and of the untrained one if it was asked on the same text."""
-    file = folder / FILE
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    before = {sample["text"]: sample["before"] for sample in known}
+    file, before = folder / FILE, dict[str, list[str]]()
+    if file.exists():
+        try:
+            before = {sample["text"]: sample["before"] for sample in json.loads(file.read_text(encoding="utf-8"))}
+        except (ValueError, TypeError, KeyError) as error:
+            logger.warning("%s is damaged (%s): the report leaves out the words before training", file, error)
     return [Sample(text, answers, before.get(text, []), words) for text, answers, words in _fill(model, packed)]
 
 
