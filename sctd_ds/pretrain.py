@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     source = arguments.data or options.data
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
     job.check_files(source, run)
-    if not (arguments.dry_run or arguments.write_control):
+    if not arguments.write_control:
         output.check(folder)
     for note in filter(None, (here.note, *run.notes)):
         logger.info("%s", note)

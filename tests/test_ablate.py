@@ -237,7 +237,9 @@ def write_outcome(folder: Path, loss: float, saved: float = 0.2, dense_flops: fl
     report |= {"flops_saved": saved, "flops_per_sequence": flops, "environment": {"device": "CPU"}}
     (folder / "report.json").write_text(json.dumps(report))
     modes, ms = ("drop", "drop", "align", "drop", "drop"), {"drop": 1000.0, "align": 3000.0}
-    lines = [{"event": "train", "step": step, "mode": mode, "step_ms": ms[mode]} for step, mode in enumerate(modes, 1)]
+    lines = [
+        {"event": "train", "step": step, "mode": mode, "loss": loss, "step_ms": ms[mode]} for step, mode in enumerate(modes, 1)
+    ]
     lines[3]["step_ms"] = 99000.0  # a stall of the machine, not of the method
     lines.insert(3, {"event": "validation", "step": 3, "loss_full": loss + 1})
     lines.append({"event": "validation", **validation})

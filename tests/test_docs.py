@@ -66,6 +66,7 @@ def target(words: list[str]) -> tuple[str, list[str]] | None:
     """The function that a command calls, as "module:function", and its arguments; None for a program that is not ours."""
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
+    words = ["python" if word == "python3" else word for word in words]
     if words[0] in LAUNCHERS:
         ours = next((i for i, word in enumerate(words) if word in ("pretrain.py", "sctd_ds", "sctd")), None)
         assert ours is not None, f"a launcher without a program: {words}"
@@ -76,7 +77,7 @@ def target(words: list[str]) -> tuple[str, list[str]] | None:
         return COMMANDS["pretrain"][0], words[words.index("pretrain.py") + 1 :]
     if words[0] == "sctd":
         return "sctd_ds.__main__:main", words[1:]
-    if words[:2] == ["python", "-m"]:
+    if words[:2] == ["python", "-m"] and words[2] != "pip":
         module = words[2]
         if pkgutil.resolve_name(module).__spec__.submodule_search_locations is not None:
             module += ".__main__"
@@ -110,12 +111,15 @@ def known_program(words: list[str]) -> bool:
     """Whether a command is one of others' programs that needs no check, or names what we have."""
     if words[0] == "make":
         return words[1] in re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    words = words[2:] if words[:2] == ["python3", "-m"] else words
     if words[0] == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         named = itertools.chain.from_iterable(re.findall(r"\[([\w,]+)\]", word)[0].split(",") for word in words if "[" in word)
         return words[1] == "install" and set(named) <= set(extras)
     if words[0] in ("sbatch", "bash"):
         return (ROOT / words[1]).is_file()
+    if words[0].endswith(".sh"):
+        return (ROOT / words[0]).is_file()
     return words[0] in ("export", "git", "cd", "pre-commit")
 
 

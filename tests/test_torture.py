@@ -49,7 +49,7 @@ def test_how_an_attack_ended_is_counted(monkeypatch, error, way):
 
 
 def test_an_attack_that_does_not_end_is_a_hang(monkeypatch):
-    monkeypatch.setitem(torture.ATTACKS, "act", (lambda yard, random_: torture.time.sleep(60), 1))
+    monkeypatch.setitem(torture.ATTACKS, "act", (lambda yard, random_: torture.time.sleep(60), 2))
     monkeypatch.setattr(torture, "PATIENCE", 1)
     assert torture.fight(Yard(), "act", 0, seed=0).way == "hang"
 
