@@ -35,8 +35,9 @@ def test_shipped_configurations_load(file, tmp_path, monkeypatch):
 def test_baselines_differ_in_method_and_name_only(file, baseline):
     stages = json.loads(file.read_text())["pretrain"].get("stages", 1)
     run, other = (settings_module.load(file, world_size=stages, method=method) for method in (None, baseline))
-    assert (run.name, other.name) == (file.stem, f"{file.stem}_{baseline}")
-    changes = [] if run.sctd.method == baseline else [f"sctd.method: {run.sctd.method} -> {baseline}"]
+    same = run.sctd.method == baseline
+    assert (run.name, other.name) == (file.stem, file.stem if same else f"{file.stem}_{baseline}")
+    changes = [] if same else [f"sctd.method: {run.sctd.method} -> {baseline}"]
     assert config.differences(run.flat(), other.flat(), ()) == changes
 
 
