@@ -66,7 +66,7 @@ class Finding:
     """The remedy as code; None: somebody has to decide."""
 
     def __str__(self) -> str:
-        return f"{self.why}; {self.remedy}"
+        return " ".join(f"{self.why}; {self.remedy}".split())  # a value may hold line breaks
 
 
 def check(raw: Block, pipeline: bool | None = None) -> None:

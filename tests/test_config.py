@@ -139,6 +139,7 @@ def test_one_wrong_letter_anywhere_is_an_error_that_names_the_key():
         ("gradient_clipping=auto", "nothing here resolves"),
         ("optimizer.type=AdmaW", 'did you mean "AdamW"'),
         ("scheduler.type=WarmupDecay", 'did you mean "WarmupDecayLR"'),
+        (r'scheduler.type="a\nb"', 'scheduler.type="a b" is unknown'),
         ("scheduler.params.warmup_num_steps=14", "must be below"),
         ("zero_optimization.stage=3", "stage=3 is not supported"),
         ("zero_optimization.stage=7", "zero_optimization.stage=7"),

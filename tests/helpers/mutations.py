@@ -76,7 +76,7 @@ def another_block(config: dict, generator: random.Random) -> str:
 
 def nested_deeply(config: dict, generator: random.Random) -> str:
     block, key, path = _somewhere(config, generator)
-    depth = generator.choice([3, 30, 600])
+    depth = generator.choice([3, 30, 300])
     for _ in range(depth):
         block[key] = {key: block[key]} if generator.random() < 0.5 else [block[key]]
     return f"{path}, {depth} times"
