@@ -257,6 +257,7 @@ def test_a_model_folder_without_weights_is_refused_first(refused, small_data):
     folder = refused.folder / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "bert", **sizes}))
+    (folder / "importance.safetensors").touch()  # a table is no model
     assert "has no weights" in refused("--set", f"pretrain.model={folder}")
 
 

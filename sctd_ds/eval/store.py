@@ -17,11 +17,9 @@ import transformers
 from torch import Tensor
 
 from sctd_ds.eval.sources import EvalError
-from sctd_ds.integrations.export import ImportanceTable, read_importance
+from sctd_ds.integrations.export import WEIGHTS, ImportanceTable, read_importance
 from sctd_ds.method.selection import POLICIES
 from sctd_ds.run.environment import device_name, versions
-
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # one file or shards; safetensors or torch's pickles
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from sctd_ds.method.convert import is_converted, state_of
 
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+"""Files of a Hugging Face folder that hold weights, one or shards; safetensors or torch's pickles."""
 IMPORTANCE = "importance.safetensors"
 """A file of an exported folder: tensor "scores", [V] fp32, and as metadata the drop ratio, the importance policy, and a SHA-256
 of these."""

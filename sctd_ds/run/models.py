@@ -22,7 +22,7 @@ from sctd_ds.config import BERT_SIZES, ConfigError, PretrainConfig, ScTDConfig, 
 from sctd_ds.deepspeed_schema import model_of
 from sctd_ds.engine.pipeline import check_stages
 from sctd_ds.integrations import apex
-from sctd_ds.integrations.export import read_importance
+from sctd_ds.integrations.export import WEIGHTS, read_importance
 from sctd_ds.method.convert import convert, importance, state_of
 from sctd_ds.method.plan import LayerPlan
 from sctd_ds.run.settings import RunConfig
@@ -51,8 +51,6 @@ SIZES = model_of(
 )
 """Keys of `pretrain.model` for a new model; the others of transformers.BertConfig are for decoders and other heads."""
 
-WEIGHTS = ("*.safetensors", "*.bin")
-"""Files of a model folder."""
 VOCABULARY_MULTIPLE = 64
 """A new model's embedding gets a multiple of this many rows, which suits the matrix units; ids beyond the tokenizer's are
 never used."""
