@@ -79,8 +79,7 @@ class ScTDConfig(_Block):
     """Optimizer steps of the whole run, from which shares and `dense_finish` count. pretrain.py and the Trainer callback set
     it; a loop of your own that uses them has to."""
     recompute_align: bool = False
-    """Align steps run the dropped pass's layers again in backward instead of keeping their activations. They then need about
-    a dense step's memory, and do about 7 % more work."""
+    """Align steps run the dropped pass's layers again in backward instead of keeping their activations."""
     last_layer: Literal["labelled", "all"] = "labelled"
     """Where the last layer's queries, output and feed-forward run: at the tokens that the loss reads (the labelled ones and
     [CLS]), or at all. Loss and gradients are the same, except for the random numbers that dropout draws."""
