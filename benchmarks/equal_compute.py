@@ -37,6 +37,7 @@ from benchmarks.equal_compute_tables import write
 from benchmarks.equal_compute_training import Text, make_trunk, read_text, run, write_json
 from sctd_ds.config import ConfigError
 from sctd_ds.data import DataError
+from sctd_ds.run.output import OutputError
 
 HELP = {
     "budget": "from scratch: dense steps whose operations an arm spends",
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         carry_out(options)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

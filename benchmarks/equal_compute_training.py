@@ -10,10 +10,7 @@ import collections
 import fcntl
 import json
 import math
-import os
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +27,7 @@ from sctd_ds.config import ConfigError
 from sctd_ds.eval.grammar import Language
 from sctd_ds.method.flops import Shape
 from sctd_ds.run.environment import commit, device_name, versions
+from sctd_ds.run.output import replacing
 from sctd_ds.run.validation import validate
 
 LEXICON = {"nouns": 240, "verbs": 160, "adjectives": 80, "names": 40}  # of the default language
@@ -100,7 +98,8 @@ def _source(study: Study, text: str, folder: Path) -> str:
         if not path.exists():
             sizes = {name: max(20, round(study.lexicon * size)) for name, size in LEXICON.items()}
             documents = "\n\n".join(Language(int(seed or 0), **sizes).documents(study.documents))
-            write_whole(path, lambda partial: partial.write_text(documents, encoding="utf-8"))
+            with replacing(path) as partial_file:
+                partial_file.write_text(documents, encoding="utf-8")
     return str(path)
 
 
@@ -193,7 +192,8 @@ def make_trunk(study: Study, text: Text, seed: int, path: Path) -> None:
         "seconds": time.process_time() - start,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: torch.save(state, partial))
+    with replacing(path) as partial_file:
+        torch.save(state, partial_file)
 
 
 def start(study: Study, text: Text, regime: Regime, arm: Arm, steps: int, seed: int, trunk: Path | None) -> Trainer:
@@ -253,19 +253,8 @@ def _windows(losses: list[float]) -> list[tuple[int, float]]:
     return [(end, sum(losses[end - WINDOW : end]) / WINDOW) for end in ends]
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file, then rename it: other processes see the whole file or none."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    partial_file = Path(name)
-    try:
-        write(partial_file)
-        partial_file.replace(path)
-    finally:
-        partial_file.unlink(missing_ok=True)
-
-
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: partial.write_text(json.dumps(record, indent=1), encoding="utf-8"))
+    with replacing(path) as partial_file:
+        partial_file.write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -12,7 +12,7 @@ import sctd_ds
 from benchmarks import equal_compute, equal_compute_tables
 from benchmarks.equal_compute_arms import ARMS, CONTROL, DEFAULT, REGIMES, STARTS, Arm, Costs, Study, choose
 from benchmarks.equal_compute_tables import interval, multiplier, multipliers
-from benchmarks.equal_compute_training import make_trunk, rate_at, read_text, run, start, write_whole
+from benchmarks.equal_compute_training import make_trunk, rate_at, read_text, run, start
 from sctd_ds import ConfigError
 from sctd_ds.method.flops import Shape
 from sctd_ds.method.schedule import step_mode
@@ -223,14 +223,16 @@ def test_a_trunk_of_other_settings_is_refused(tmp_path, capsys):
     assert "trunk_steps: 6 -> 7" in capsys.readouterr().err
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    def fail(path):
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
+    def fail(state, path):
         path.write_text("half")
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(tmp_path / "run.json", fail)
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(torch, "save", fail)
+    assert command(tmp_path, "--regime", "trunk", "--seeds", "0", "--arms", CONTROL) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "seed-0.pt: No space left" in error
+    assert not list((tmp_path / "trunks").iterdir())
 
 
 @pytest.mark.parametrize(
