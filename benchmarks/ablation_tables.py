@@ -10,13 +10,13 @@ import csv
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sctd_ds.eval.report import mean_of, paired_p, table
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
-from sctd_ds.method.flops import Shape, part_flops
+from sctd_ds.method.flops import Shape, sequence_flops
 from sctd_ds.run import metrics
 from sctd_ds.run.models import model_config
 from sctd_ds.run.settings import RunConfig
@@ -179,12 +179,12 @@ def base_flops(run: Run, report: Mapping[str, Any], base: RunConfig) -> float:
     They are the run's own plus those of the layers that the run lacks, so no other run needs to be finished.
     """
     sizes = model_config(base.pretrain)
-    layers, length = sizes.num_hidden_layers, base.pretrain.seq_length
-    # Vocabulary and labels cost operations in the head and the last layer, which every run has, not in the layers it lacks.
-    shape = Shape(layers, sizes.hidden_size, sizes.intermediate_size, vocabulary=0, length=length, labels=0)
-    whole_layer = part_flops(shape, base.sctd, "dense")[0]
-    lacking = layers - dict(run.changes).get(LAYERS, layers)
-    return report["flops_per_sequence"]["dense"] + lacking * whole_layer
+    length = base.pretrain.seq_length
+    # The vocabulary costs operations in the head, which every run has, not in the layers that one lacks.
+    whole = Shape.of(sizes, length=length, labels=round(base.pretrain.mlm_probability * length))
+    shallow = replace(whole, layers=dict(run.changes).get(LAYERS, whole.layers))
+    lacking = sequence_flops(whole, base.sctd, "dense") - sequence_flops(shallow, base.sctd, "dense")
+    return report["flops_per_sequence"]["dense"] + lacking
 
 
 def measured(name: str, out: Path) -> dict[str, float]:

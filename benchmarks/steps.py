@@ -15,8 +15,9 @@ from transformers import BertConfig, BertForMaskedLM
 import sctd_ds
 from benchmarks import random_ltd
 from benchmarks.profiling import UPDATE
+from sctd_ds.adapters.architectures import PRESETS
 from sctd_ds.adapters.huggingface import BertAdapter
-from sctd_ds.config import BERT_SIZES, ScTDConfig
+from sctd_ds.config import ScTDConfig
 from sctd_ds.method.convert import state_of
 from sctd_ds.method.flops import Shape, part_flops, sequence_flops
 from sctd_ds.method.plan import LayerPlan, kept_tokens
@@ -34,8 +35,8 @@ SMALL = {
 }
 TOY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 96}
 MODELS: dict[str, dict[str, Any]] = {
-    "large": BERT_SIZES["bert-large"],
-    "base": BERT_SIZES["bert-base"],
+    "large": PRESETS["bert-large"],
+    "base": PRESETS["bert-base"],
     "small": SMALL,
     "toy": TOY,
 }

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from sctd_ds.adapters.architectures import PRESETS
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names the key, the value and the remedy."""
@@ -25,12 +27,6 @@ class ConfigError(ValueError):
 Block = dict[str, Any]
 """A JSON object."""
 Method = Literal["sctd", "token_drop", "dense"]
-
-BERT_SIZES = {
-    "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-}
-"""Presets of `pretrain.model`, as arguments of transformers.BertConfig."""
 
 
 class _Block(BaseModel):
@@ -111,10 +107,11 @@ class PretrainConfig(_Block):
     block = "pretrain"
 
     model: str | dict[str, Any] = "bert-base"
-    """A new model: "bert-base", "bert-large", or arguments of transformers.BertConfig. Its vocabulary is the tokenizer's, its
-    embedding padded to a multiple of 64 rows; `--set pretrain.model.num_hidden_layers=9` changes one argument of either.
-    Or a trained masked-LM model with BERT's layers to continue from, a Hugging Face folder or a Hub name: its weights, its
-    tokenizer and, where the folder has one, its importance table. A resumed run reads the folder again."""
+    """A new model: "bert-base", "bert-large", "modernbert-base", "modernbert-large", or sizes: arguments of transformers'
+    BertConfig, or with "model_type": "modernbert" of its ModernBertConfig. Its vocabulary is the tokenizer's, its embedding
+    padded to a multiple of 64 rows; `--set pretrain.model.num_hidden_layers=9` changes one argument of either. Or a trained
+    masked-LM model of a type in `adapters.architectures` to continue from, a Hugging Face folder or a Hub name: its weights,
+    its tokenizer and, where the folder has one, its importance table. A resumed run reads the folder again."""
     data: str | list[str] = "python-docs"
     """A folder made by `python -m sctd_ds.data build`, or raw text: files, folders, a Hub name, "python-docs[:SIZE]"."""
     tokenizer: str | None = None
@@ -159,7 +156,7 @@ class PretrainConfig(_Block):
     @property
     def trained_model(self) -> str | None:
         """Folder or Hub name of the model to continue from; None: the model is new."""
-        return self.model if isinstance(self.model, str) and self.model not in BERT_SIZES else None
+        return self.model if isinstance(self.model, str) and self.model not in PRESETS else None
 
 
 # Keys that are gone, and keys that may differ

@@ -16,7 +16,7 @@ from helpers import ROOT
 PACKAGE = ROOT / "sctd_ds"
 # Rooms of sctd_ds, each a module or a folder. A room imports itself and rooms above it, also inside functions.
 ENTRY = "__init__"  # the public names, made of everything before it
-ROOMS = f"""config adapters deepspeed_schema deepspeed_json method engine integrations data run eval doctor compare {ENTRY}
+ROOMS = f"""adapters config deepspeed_schema deepspeed_json method engine integrations data run eval doctor compare {ENTRY}
 pretrain __main__""".split()
 # What data and eval are allowed of these: data stands alone, and evaluation reads finished models.
 NEEDS = {"data": set(), "eval": {"config", "adapters", "method", "engine", "integrations", "data", "run"}}

@@ -18,7 +18,12 @@ class HuggingFaceAdapter(Adapter):
     """Base: forward takes keywords, with label -100 where nothing is predicted, and returns MaskedLMOutput or a tuple."""
 
     black_box = False
+    in_stages: ClassVar[bool] = False
+    """Whether a pipeline can be built: `ends` are set."""
     embedding_inputs: ClassVar[tuple[str, ...]] = ("token_type_ids", "position_ids")
+
+    ends: tuple[nn.Module, nn.Module]
+    """What a pipeline's first stage has before the layers, and its last stage after them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -77,6 +82,7 @@ class BertAdapter(HuggingFaceAdapter):
     """BertForMaskedLM; also the base of other families with BERT's layers."""
 
     family = "BERT"
+    in_stages = True
     parts = (
         "bert.embeddings.word_embeddings",
         "bert.encoder.layer.0.attention.self.query",
@@ -91,6 +97,8 @@ class BertAdapter(HuggingFaceAdapter):
         super().__init__(model)
         self._backbone = model.get_submodule(self.parts[0].split(".")[0])
         self.layers = self._backbone.encoder.layer
+        if self.in_stages:
+            self.ends = self._backbone.embeddings, model.cls
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -138,6 +146,7 @@ class BertPreTrainingAdapter(BertAdapter):
     """BertForPreTraining: the sum of the masked-LM and the next-sentence loss, as in the model itself."""
 
     family = "BERT with next sentence prediction"
+    in_stages = False
     parts = (*BertAdapter.parts, "cls.seq_relationship", "bert.pooler")
 
     def batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
@@ -163,6 +172,7 @@ class RobertaAdapter(BertAdapter):
     """RobertaForMaskedLM, XLMRobertaForMaskedLM and CamembertForMaskedLM, which share one structure."""
 
     family = "RoBERTa"
+    in_stages = False
     parts = (
         "roberta.embeddings.word_embeddings",
         "roberta.encoder.layer.0.attention.self.query",
@@ -178,6 +188,7 @@ class ElectraAdapter(BertAdapter):
     """ElectraForMaskedLM, the generator. The discriminator predicts at every token, so it has no tokens to drop."""
 
     family = "ELECTRA generator"
+    in_stages = False
     parts = (
         "electra.embeddings.word_embeddings",
         "electra.encoder.layer.0.attention.self.query",
@@ -237,12 +248,25 @@ class ModernBertAdapter(HuggingFaceAdapter):
     family = "ModernBERT"
     parts = ("model.embeddings.tok_embeddings", "model.layers.0.attn.Wqkv", "model.rotary_emb", "model.final_norm", "decoder")
     positional = True
+    in_stages = True
     embedding_inputs = ()
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.layers = model.model.layers
+        body: Any = model.model
+        self.layers = body.layers
+        self.ends = (
+            body.embeddings,
+            nn.ModuleList([body.final_norm, model.get_submodule("head"), model.get_output_embeddings()]),
+        )
         self.ignore_index = model.config.sparse_pred_ignore_index if model.config.sparse_prediction else -100
+
+    def restore(self, device: torch.device) -> None:
+        """Rotary frequencies are buffers, so an engine casts them with the model. In bf16 positions of some hundred tokens are
+        off by a radian, and the exported model would turn by other angles than those that it was trained with."""
+        rotary: Any = self._model.model.rotary_emb
+        for name, buffer in type(rotary)(self._model.config).named_buffers():
+            setattr(rotary, name, buffer.to(device))
 
     def embed(self, batch: Batch) -> Tensor:
         return self._model.model.embeddings(input_ids=batch.input_ids)
@@ -262,8 +286,10 @@ class ModernBertAdapter(HuggingFaceAdapter):
         query = project(queries, slice(width))
         key, value = project(context, slice(width, None)).chunk(2, dim=1)
         if layer.attention_type == "sliding_attention":
-            near = (query_at[:, :, None] - context_at[:, None, :]).abs() <= self._model.config.sliding_window
-            mask = near[:, None] if mask is None else mask & near[:, None]
+            distance = (query_at[:, None, :, None] - context_at[:, None, None, :]).abs()  # [B or 1, 1, Q, C]
+            near = distance <= self._model.config.sliding_window
+            # Padding far from any token attends to itself: what nothing reads must not be NaN.
+            mask = near if mask is None else near & (mask | (distance == 0))
         mixed = attend(
             self._rotate(query, query_at, layer.attention_type),
             self._rotate(key, context_at, layer.attention_type),
@@ -275,10 +301,11 @@ class ModernBertAdapter(HuggingFaceAdapter):
         return states + layer.mlp(layer.mlp_norm(states))
 
     def _rotate(self, x: Tensor, at: Tensor, attention_type: str) -> Tensor:
-        """Rotary positions, in fp32. x: [B, heads, T, D]; at: [B or 1, T]."""
+        """Rotary positions, at least in fp32. x: [B, heads, T, D]; at: [B or 1, T]."""
         cos, sin = (part[:, None] for part in self._model.model.rotary_emb(x, at, attention_type))
-        first, second = x.float().chunk(2, dim=-1)
-        return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        first, second = wide.chunk(2, dim=-1)
+        return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
     def final_norm(self, states: Tensor) -> Tensor:
         return self._model.model.final_norm(states)

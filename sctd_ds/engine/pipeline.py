@@ -30,7 +30,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
 from sctd_ds.adapters import Batch
-from sctd_ds.adapters.huggingface import BertAdapter
+from sctd_ds.adapters.huggingface import HuggingFaceAdapter
 from sctd_ds.config import ConfigError, ScTDConfig
 from sctd_ds.deepspeed_json import replicas
 from sctd_ds.engine.ranks import init_distributed
@@ -110,13 +110,13 @@ class Tied(nn.Module):
 
 
 class Pipeline(PipelineModule):
-    """A converted BERT whose layers are spread over stages. `sctd_ds.initialize` makes a ScTDPipelineEngine of it.
+    """A converted model whose layers are spread over stages. `sctd_ds.initialize` makes a ScTDPipelineEngine of it.
 
-    model: Hugging Face BertForMaskedLM, the same on every rank; a rank keeps the weights of its own stage and releases the
-    others, so the model cannot be used by itself afterwards. config: where the model is not converted. stages: must divide
-    the number of ranks; the rest is data parallel. boundaries: number of the first encoder layer (from 0) of each stage but
-    the first; by default stages get equal shares of the floating-point operations of an average step. length: tokens per row
-    for that count, by default the model's longest.
+    model: Hugging Face BertForMaskedLM or ModernBertForMaskedLM, the same on every rank; a rank keeps the weights of its own
+    stage and releases the others, so the model cannot be used by itself afterwards. config: where the model is not converted.
+    stages: must divide the number of ranks; the rest is data parallel. boundaries: number of the first encoder layer (from 0)
+    of each stage but the first; by default stages get equal shares of the floating-point operations of an average step.
+    length: tokens per row for that count, by default the model's longest.
     """
 
     def __init__(
@@ -131,9 +131,10 @@ class Pipeline(PipelineModule):
         if config is not None or not is_converted(model):
             convert(model, config)
         state = state_of(model)
-        if type(state.adapter) is not BertAdapter:
+        if not (isinstance(state.adapter, HuggingFaceAdapter) and state.adapter.in_stages):
             raise ConfigError(
-                f"a pipeline is built from BertForMaskedLM, not from {type(model).__name__}: use data parallelism"
+                "a pipeline is built from BertForMaskedLM or ModernBertForMaskedLM, not from "
+                f"{type(model).__name__}: use data parallelism"
             )
         init_distributed()
         check_stages(stages, state.plan.layers)
@@ -145,17 +146,16 @@ class Pipeline(PipelineModule):
             raise ConfigError(
                 f"boundaries={list(boundaries)}: expected {stages - 1} encoder layers from 1 to {numbers[-1]}, ascending"
             )
-        embeddings, head = model.bert.embeddings, model.cls
+        embeddings, head = state.adapter.ends
         specs = [
             LayerSpec(Embedding, state, embeddings),
             *(LayerSpec(EncoderLayer, state, i) for i in range(len(state.adapter.layers))),
             LayerSpec(Head, state, head),
         ]
         first_layer = 1
-        if head.predictions.decoder.weight is embeddings.word_embeddings.weight:
-            tie = TiedLayerSpec(
-                "word_embeddings", Tied, embeddings.word_embeddings.weight, forward_fn=lambda tied, streams: streams
-            )
+        words = model.get_input_embeddings().weight
+        if model.get_output_embeddings().weight is words:
+            tie = TiedLayerSpec("word_embeddings", Tied, words, forward_fn=lambda tied, streams: streams)
             specs = [tie, *specs[:-1], tie, specs[-1]]
             first_layer = 2
         # Set before nn.Module's own __init__, which allows plain values only; the model must not become a submodule, because
@@ -328,14 +328,7 @@ def balance(state: ScTD, sizes: Any, stages: int, length: int | None = None) -> 
     The head goes with the last layer, because the objective compares the states before and behind that layer.
     """
     length = length or sizes.max_position_embeddings
-    shape = Shape(
-        layers=state.plan.layers,
-        hidden=sizes.hidden_size,
-        intermediate=sizes.intermediate_size,
-        vocabulary=state.adapter.vocabulary,
-        length=length,
-        labels=state.config.labels_per_row or round(0.15 * length),
-    )
+    shape = Shape.of(sizes, length=length, labels=state.config.labels_per_row or round(0.15 * length))
     flops = {mode: part_flops(shape, state.config, mode) for mode in modes(state.config)}
     costs = [mean_cost(state.config, {mode: parts[i] for mode, parts in flops.items()}) for i in range(shape.layers + 1)]
     costs[-2:] = [costs[-2] + costs[-1]]

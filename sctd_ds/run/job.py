@@ -136,14 +136,7 @@ def make_batches(
 def shape_of(run: RunConfig, packed: data.PackedData) -> Shape:
     """The sizes that decide a step's cost."""
     sizes = models.sizes(run.pretrain, packed.tokenizer)
-    return Shape(
-        layers=sizes.num_hidden_layers,
-        hidden=sizes.hidden_size,
-        intermediate=sizes.intermediate_size,
-        vocabulary=sizes.vocab_size,
-        length=run.pretrain.seq_length,
-        labels=models.labels_per_row(run, packed),
-    )
+    return Shape.of(sizes, length=run.pretrain.seq_length, labels=models.labels_per_row(run, packed))
 
 
 def describe(model: transformers.PreTrainedModel, run: RunConfig, packed: data.PackedData) -> str:

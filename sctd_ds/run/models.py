@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
-from pydantic import Field
 from torch import nn
-from transformers.activations import ACT2FN
 
 from sctd_ds import data
+from sctd_ds.adapters.architectures import ARCHITECTURES, DEFAULT, PRESETS, Architecture
 from sctd_ds.adapters.special_tokens import special_ids
-from sctd_ds.config import BERT_SIZES, ConfigError, PretrainConfig, ScTDConfig, one_line, problems
+from sctd_ds.config import ConfigError, PretrainConfig, ScTDConfig, one_line, problems, short
 from sctd_ds.deepspeed_schema import model_of
 from sctd_ds.engine.pipeline import check_stages
 from sctd_ds.integrations import apex
@@ -28,28 +29,6 @@ from sctd_ds.method.plan import LayerPlan
 from sctd_ds.run.settings import RunConfig
 
 logger = logging.getLogger(__name__)
-
-FIRST_POSITION = {"bert": "zero", "roberta": "after padding", "xlm-roberta": "after padding", "camembert": "after padding"}
-"""Model types that pretrain.py trains, those with BERT's layers, whose operations `flops` counts; and the position id of a
-row's first token: 0, or pad_token_id + 1. `sctd_ds.initialize` takes more families."""
-
-_SIZE, _SHARE = Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0, lt=1)]
-SIZES = model_of(
-    {
-        "hidden_size": _SIZE,
-        "num_hidden_layers": _SIZE,
-        "num_attention_heads": _SIZE,
-        "intermediate_size": _SIZE,
-        "max_position_embeddings": _SIZE,
-        "type_vocab_size": _SIZE,
-        "hidden_act": Literal[tuple(ACT2FN)],
-        "hidden_dropout_prob": _SHARE,
-        "attention_probs_dropout_prob": _SHARE,
-        "initializer_range": _SHARE,
-        "layer_norm_eps": _SHARE,
-    }
-)
-"""Keys of `pretrain.model` for a new model; the others of transformers.BertConfig are for decoders and other heads."""
 
 VOCABULARY_MULTIPLE = 64
 """A new model's embedding gets a multiple of this many rows, which suits the matrix units; ids beyond the tokenizer's are
@@ -66,12 +45,17 @@ def check(run: RunConfig) -> None:
     if run.sctd.method != "dense":
         LayerPlan(model.num_hidden_layers)
     if stages > 1:
-        if model.model_type != "bert":
+        runs = [kind for kind, row in ARCHITECTURES.items() if row.adapter.in_stages]
+        if model.model_type not in runs:
             raise ConfigError(
-                f'pretrain.stages={stages}: pretrain.model is of type "{model.model_type}", a pipeline runs "bert" only'
+                f'pretrain.stages={stages}: pretrain.model is of type "{model.model_type}", a pipeline runs {", ".join(runs)}'
             )
         check_stages(stages, model.num_hidden_layers)
     if run.pretrain.layer_norm == "apex":
+        if not getattr(model, "norm_bias", True):
+            raise ConfigError(
+                'pretrain.layer_norm="apex": FusedLayerNorm has a bias, and the norms of pretrain.model have none: use "torch"'
+            )
         apex.require("normalization")
 
 
@@ -94,34 +78,46 @@ def sizes(pretrain: PretrainConfig, tokenizer: transformers.PreTrainedTokenizerB
     config = model_config(pretrain)
     if pretrain.trained_model is None:
         config.vocab_size = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        config.pad_token_id = tokenizer.pad_token_id
+        for name, other in (("pad", "pad"), ("cls", "cls"), ("sep", "sep"), ("bos", "cls"), ("eos", "sep")):
+            if getattr(config, f"{name}_token_id", None) is not None:  # BERT's has the first only
+                own = getattr(tokenizer, f"{name}_token_id")
+                setattr(config, f"{name}_token_id", getattr(tokenizer, f"{other}_token_id") if own is None else own)
     return config
 
 
-def _new_config(pretrain: PretrainConfig) -> transformers.BertConfig:
-    sizes = dict(BERT_SIZES[pretrain.model] if isinstance(pretrain.model, str) else pretrain.model)
-    if "vocab_size" in sizes:
+def _new_config(pretrain: PretrainConfig) -> transformers.PreTrainedConfig:
+    block = dict(PRESETS[pretrain.model] if isinstance(pretrain.model, str) else pretrain.model)
+    new = {name: row for name, row in ARCHITECTURES.items() if row.keys}
+    kind = block.get("model_type", DEFAULT)
+    if not isinstance(kind, str) or kind not in new:
+        known = " or ".join(map(json.dumps, new))
+        raise ConfigError(f"pretrain.model.model_type={short(kind)}: a new model is of type {known}")
+    if "vocab_size" in block:
         raise ConfigError("pretrain.model.vocab_size: the vocabulary comes from the tokenizer; remove the key")
-    for problem in problems(sizes, "pretrain.model", SIZES).values():
+    keys = model_of({"model_type": str, **new[kind].keys})
+    for problem in problems(block, "pretrain.model", keys).values():
         raise ConfigError(problem)
-    sizes = SIZES(**sizes).model_dump(exclude_unset=True)
+    sizes = keys(**block).model_dump(exclude_unset=True, exclude={"model_type"})
+    with _blaming_transformers():
+        config = transformers.AutoConfig.for_model(kind, **sizes)
     length = pretrain.seq_length
-    positions = sizes.setdefault("max_position_embeddings", max(512, length))
-    if positions < length:
+    if "max_position_embeddings" not in sizes:
+        config.max_position_embeddings = max(config.max_position_embeddings, length)
+    elif config.max_position_embeddings < length:
+        positions = config.max_position_embeddings
         raise ConfigError(f"pretrain.model.max_position_embeddings={positions} is smaller than pretrain.seq_length={length}")
-    return transformers.BertConfig(**sizes)
+    return config
 
 
 def _check_sizes(config: transformers.PreTrainedConfig) -> None:
     """ConfigError for sizes that transformers cannot build, or whose weights alone exceed this machine's memory."""
     one_layer = copy.deepcopy(config)
     one_layer.num_hidden_layers = 1
-    try:
+    with _blaming_transformers():
         with torch.device("meta"):  # shapes without memory
             model = transformers.AutoModelForMaskedLM.from_config(one_layer)
-        whole, layer = (sum(p.numel() for p in part.parameters()) for part in (model, model.base_model.encoder.layer))
-    except Exception as error:  # KeyError, ValueError, RuntimeError, ...: neither library has an error of its own for it
-        raise ConfigError(f"pretrain.model: transformers cannot build it ({one_line(error)})") from None
+        layers = _row(config).adapter(model).layers
+        whole, layer = (sum(p.numel() for part in parts for p in part.parameters()) for parts in ([model], layers))
     needed = 4 * (whole + (config.num_hidden_layers - 1) * layer)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
@@ -131,17 +127,30 @@ def _check_sizes(config: transformers.PreTrainedConfig) -> None:
         )
 
 
+@contextmanager
+def _blaming_transformers() -> Iterator[None]:
+    """Whatever is raised inside as a ConfigError of one line."""
+    try:
+        yield
+    except Exception as error:  # KeyError, ValueError, RuntimeError, ...: neither library has an error of its own for it
+        raise ConfigError(f"pretrain.model: transformers cannot build it ({one_line(error)})") from None
+
+
+def _row(config: transformers.PreTrainedConfig) -> Architecture:
+    return ARCHITECTURES[config.model_type]
+
+
 def _trained_config(name: str, length: int) -> transformers.PreTrainedConfig:
     found = _read_config(name)
     decoder = getattr(found, "is_decoder", False)  # not every type has it
-    if found.model_type not in FIRST_POSITION or decoder:
+    if found.model_type not in ARCHITECTURES or decoder:
         what = "a decoder" if decoder else f'of type "{found.model_type}"'
         raise ConfigError(
-            f'pretrain.model="{name}" is {what}; pretrain.py continues from {", ".join(FIRST_POSITION)}. For other families '
+            f'pretrain.model="{name}" is {what}; pretrain.py continues from {", ".join(ARCHITECTURES)}. For other families '
             "call sctd_ds.initialize in a script of your own (docs/recipes.md)"
         )
     positions = found.max_position_embeddings
-    if FIRST_POSITION[found.model_type] == "after padding":
+    if _row(found).after_padding:
         if found.pad_token_id is None:
             raise ConfigError(f'pretrain.model="{name}": config.json has no pad_token_id, from which positions count')
         positions -= found.pad_token_id + 1
@@ -161,7 +170,7 @@ def _read_config(name: str) -> transformers.PreTrainedConfig:
     looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_like_a_path and not there:
         reason = "no such folder"
-    meant = difflib.get_close_matches(name, BERT_SIZES, n=1, cutoff=0.85)
+    meant = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.85)
     if there and (path / "model" / "config.json").is_file():  # a run's folder
         meant = [str(path / "model")]
     hint = f'; did you mean "{meant[0]}"?' if meant else ""
@@ -242,7 +251,7 @@ def _check_tokenizer(
     """ConfigError unless a trained model and its tokenizer number the same tokens."""
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(f'pretrain.model="{trained}" embeds {config.vocab_size} ids, its tokenizer has {len(tokenizer)}')
-    if FIRST_POSITION[config.model_type] == "after padding" and config.pad_token_id != tokenizer.pad_token_id:
+    if _row(config).after_padding and config.pad_token_id != tokenizer.pad_token_id:
         raise ConfigError(
             f'pretrain.model="{trained}": pad_token_id is {config.pad_token_id} in config.json, '
             f"{tokenizer.pad_token_id} in its tokenizer, and positions count from it: they must agree"

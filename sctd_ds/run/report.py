@@ -14,6 +14,7 @@ import numpy as np
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from sctd_ds.adapters.architectures import ARCHITECTURES
 from sctd_ds.data import PackedData, unigram_loss
 from sctd_ds.integrations.export import export
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
@@ -22,6 +23,7 @@ from sctd_ds.method.schedule import dense_phases, mode_shares, modes
 from sctd_ds.run import metrics, output, samples
 from sctd_ds.run.environment import Environment, peak_flops, versions
 from sctd_ds.run.metrics import METRICS, Event, Record
+from sctd_ds.run.models import model_config
 from sctd_ds.run.probe import HUGGING_FACE, Probe
 from sctd_ds.run.samples import Sample
 from sctd_ds.run.settings import RunConfig
@@ -225,7 +227,7 @@ def saving_lines(report: Report) -> list[str]:
 
 def card(report: Report, run: RunConfig, sources: Sequence[str]) -> str:
     """The exported model's README. sources: of the training text."""
-    sctd = run.sctd
+    sctd, family = run.sctd, ARCHITECTURES[model_config(run.pretrain).model_type].adapter.family
     dropping = f"{sctd.drop_ratio:.0%} of the tokens skip the middle layers"
     how = {
         "dense": "plain masked-language-model pretraining",
@@ -248,8 +250,8 @@ pipeline_tag: fill-mask
 ---
 # {report.name}
 
-A BERT masked language model, pretrained with sctd_ds {report.environment["sctd_ds"]} by {how}.
-Loaded from here it is a plain BERT that sees every token in every layer.
+A {family} masked language model, pretrained with sctd_ds {report.environment["sctd_ds"]} by {how}.
+Loaded from here it is a plain {family} that sees every token in every layer.
 
 | | |
 |---|---|

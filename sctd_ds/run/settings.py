@@ -15,8 +15,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
+from sctd_ds.adapters.architectures import PRESETS
 from sctd_ds.config import (
-    BERT_SIZES,
     Block,
     ConfigError,
     PretrainConfig,
@@ -159,8 +159,8 @@ def _apply_override(raw: Block, item: str) -> None:
     *blocks, key = path.split(".")
     for part in blocks:
         inner = raw.setdefault(part, {})
-        if part == "model" and isinstance(inner, str) and inner in BERT_SIZES:  # a preset, with one of its sizes changed
-            inner = raw[part] = dict(BERT_SIZES[inner])
+        if part == "model" and isinstance(inner, str) and inner in PRESETS:  # a preset, with one of its sizes changed
+            inner = raw[part] = dict(PRESETS[inner])
         if part == "model" and isinstance(inner, str):
             raise ConfigError(f'--set "{item}": pretrain.model="{inner}" is a trained model, whose sizes cannot be changed')
         if not isinstance(inner, dict):
