@@ -6,19 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 from transformers.modeling_outputs import MaskedLMOutput
 
 import sctd_ds
 from helpers import oracle
 from helpers.host_stops import HostStops
-from helpers.oracle import Batch, Method, Sizes
+from helpers.oracle import Batch, Method, ModernSizes, Sizes
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB, WIDTH, HEADS, POSITIONS = 61, 32, 2, 40
@@ -46,22 +47,45 @@ def bert(layers: int) -> BertForMaskedLM:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = BertForMaskedLM(config)
+    return awake(BertForMaskedLM(config))
+
+
+def modern(pattern: str) -> ModernBertForMaskedLM:
+    """The same of a ModernBERT; its layers are g(lobal) or l(ocal), which is two tokens to each side."""
+    config = ModernBertConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=len(pattern),
+        num_attention_heads=HEADS,
+        intermediate_size=48,
+        max_position_embeddings=POSITIONS,
+        local_attention=4,
+        layer_types=[{"g": "full_attention", "l": "sliding_attention"}[kind] for kind in pattern],
+        **{f"{name}_token_id": value for name, value in (("pad", PAD), ("cls", CLS), ("sep", SEP), ("bos", CLS), ("eos", SEP))},
+    )
+    return awake(ModernBertForMaskedLM(config))
+
+
+def awake(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     # Sharp attention and quiet mixing keep the tokens of a sequence apart in deep layers: which are kept has to matter.
-    scales = {"query": 0.5, "key": 0.5, "embeddings": 0.5, "value": 0.2, "dense": 0.2}
+    sharp, quiet = ("query", "key", "Wqkv", "embeddings"), ("value", "dense", "Wi", "Wo")
+    scales = {**dict.fromkeys(sharp, 0.5), **dict.fromkeys(quiet, 0.2)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = next((scales[part] for part in name.split(".") if part in scales and parameter.dim() == 2), 0.1)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-            if name.endswith("LayerNorm.weight"):
+            if name.lower().endswith("norm.weight"):
                 parameter.add_(1.0)
     return model.double().train()
 
 
-def sizes(model: BertForMaskedLM) -> Sizes:
+def sizes(model: Any) -> Sizes:
     config = model.config
-    return Sizes(config.num_hidden_layers, config.num_attention_heads, config.layer_norm_eps, config.pad_token_id)
+    if isinstance(model, BertForMaskedLM):
+        return Sizes(config.num_hidden_layers, config.num_attention_heads, config.layer_norm_eps, config.pad_token_id)
+    reach = tuple(config.local_attention // 2 if kind == "sliding_attention" else None for kind in config.layer_types)
+    return ModernSizes(config.num_hidden_layers, config.num_attention_heads, config.norm_eps, config.pad_token_id, reach)
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,10 @@ class Case:
     table: str = "random"  # random | default (10 everywhere: ties everywhere) | coarse (three values: ties and order)
     types: bool = False
     first_token: int = CLS
+    pattern: str | None = None  # of a ModernBERT's layers; None: a BERT
+
+    def build(self) -> Any:
+        return bert(self.layers) if self.pattern is None else modern(self.pattern)
 
     def batch(self, seed: int = 0) -> Batch:
         generator = torch.Generator().manual_seed(seed)
@@ -97,7 +125,7 @@ class Case:
             masked = chosen[: math.ceil(0.6 * count)]  # the others stay, so they can be dropped
             ids[row, masked] = MASK
         second = torch.arange(self.length) >= self.length // 2 - torch.arange(rows)[:, None]  # another place in each row
-        types = second.long() if self.types else None
+        types = second.long() if self.types and self.pattern is None else None
         return Batch(ids, labels, None if self.real is None else mask, types)
 
     def scores(self) -> Tensor:
@@ -127,6 +155,9 @@ CASES = [
     Case("three-tenths", 7, 19, (3, 1, 2), real=(19, 19, 8), drop_ratio=0.3, table="coarse"),
     Case("first-token-is-no-cls", 4, 17, (2, 3), first_token=30),
     Case("twelve-layers-padded", 12, 16, (3, 2), real=(16, 6), table="default", types=True),
+    Case("modern-every-third-global", 7, 21, (2, 3, 1), real=(21, 13, 17), pattern="gllgllg"),
+    Case("modern-cross-global-last-local", 6, 20, (3, 2, 1), real=(20, 7, 4), pattern="lgglll"),
+    Case("modern-all-local", 4, 17, (5, 2), table="coarse", pattern="llll"),
 ]
 
 
@@ -156,16 +187,17 @@ def assert_same(model: BertForMaskedLM, loss: Tensor, expected: oracle.Outcome, 
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_oracle_dense_pass_is_hugging_face_bert(case: Case) -> None:
-    model = bert(case.layers)
+def test_oracle_dense_pass_is_hugging_faces(case: Case) -> None:
+    model = case.build()
     out = model(**inputs(case.batch()))
     out.loss.backward()
-    assert_same(model, out.loss, reference(model, case, Method(mode="dense")))
+    tolerance = DOUBLE if case.pattern is None else SINGLE  # transformers rotates in fp32
+    assert_same(model, out.loss, reference(model, case, Method(mode="dense")), tolerance)
 
 
 def test_oracle_without_dropped_tokens_is_dense() -> None:
     case = replace(CASES[2], drop_ratio=0.0)
-    model = bert(case.layers)
+    model = case.build()
     dense, drop, align = (reference(model, case, Method(mode=mode)) for mode in ("dense", "drop", "align"))
     assert drop.loss == pytest.approx(dense.loss, rel=1e-12)
     assert align.loss == pytest.approx(dense.loss, rel=1e-12)
@@ -215,7 +247,7 @@ def settings_id(method: Method) -> str:
 def test_oracle_settings_all_matter() -> None:
     """No two settings agree within the tolerances the package is held to, so that taking one for another shows."""
     case = CASES[2]
-    model = bert(case.layers)
+    model = case.build()
     differing = [method for method in ALIGNMENTS if method.interval != 1]  # the interval schedule under another name
     methods = [Method(mode="dense"), Method(mode="drop"), Method(kl_weight=0.0), *differing]
     gradients = [reference(model, case, method).gradients for method in methods]
@@ -229,7 +261,7 @@ def test_oracle_settings_all_matter() -> None:
 
 def test_oracle_spread_over_every_row_is_the_interval_schedule() -> None:
     case = CASES[7]
-    model = bert(case.layers)
+    model = case.build()
     interval = reference(model, case, Method(interval=1))
     spread = reference(model, case, Method(interval=1, align_schedule="spread", step=3))
     assert spread.loss == interval.loss
@@ -240,7 +272,7 @@ def test_oracle_spread_over_every_row_is_the_interval_schedule() -> None:
 
 def converted(case: Case, method: Method, **further: object) -> tuple[BertForMaskedLM, oracle.Outcome]:
     """A converted model in the mode of `method`, its table set as `case` says, and what the oracle expects of it."""
-    model = bert(case.layers)
+    model = case.build()
     expected = reference(model, case, method)
     names = ("interval", "kl_weight", "objective", "kl_layers", "align_schedule")
     chosen = {name: getattr(method, name) for name in names}
@@ -296,9 +328,10 @@ def problems(draw: st.DrawFn) -> tuple[Case, Method, bool]:
     real = draw(st.lists(st.integers(3, length), min_size=1, max_size=3))
     labels = [draw(st.integers(0, count - 2)) for count in real]
     labels[0] = max(labels[0], 1)
+    layers = draw(st.integers(4, 9))
     case = Case(
         name="drawn",
-        layers=draw(st.integers(4, 9)),
+        layers=layers,
         length=length,
         labels=tuple(labels),
         real=tuple(real) if draw(st.booleans()) else None,
@@ -306,6 +339,7 @@ def problems(draw: st.DrawFn) -> tuple[Case, Method, bool]:
         table=draw(st.sampled_from(["random", "default", "coarse"])),
         types=draw(st.booleans()),
         first_token=draw(st.sampled_from([CLS, 30])),
+        pattern=draw(st.none() | st.text("gl", min_size=layers, max_size=layers)),
     )
     method = Method(
         mode=draw(st.sampled_from(["drop", "align", "align", "align"])),
@@ -351,7 +385,7 @@ def test_a_boolean_mask_is_as_good_as_one_of_integers() -> None:
 @pytest.mark.parametrize("mode", ["dense", "drop", "align"])
 def test_a_micro_batch_without_labels_teaches_nothing(mode: str) -> None:
     case = replace(CASES[2], labels=(0, 0, 0))
-    model = bert(case.layers)
+    model = case.build()
     sctd_ds.convert(model, sctd_ds.ScTDConfig(kl_weight=0.0, keep_token_ids=KEPT_IDS))
     sctd_ds.set_mode(model, mode)
     assert forward_backward(model, case).item() == 0.0
@@ -365,7 +399,7 @@ def test_the_mode_of_one_step_does_not_leak_into_the_next() -> None:
         sctd_ds.set_mode(model, mode)
         model.zero_grad()
         loss = forward_backward(model, case)
-        assert_same(model, loss, reference(bert(case.layers), case, Method(mode=mode, kl_weight=0.0)))
+        assert_same(model, loss, reference(case.build(), case, Method(mode=mode, kl_weight=0.0)))
 
 
 @pytest.mark.parametrize("mode", ["dense", "drop", "align"])
@@ -424,7 +458,7 @@ def test_table_after_several_micro_batches() -> None:
             batch = case.batch(seed=10 * step + seed)
             batch.labels[batch.labels > 40] = 40
             batch.labels[(batch.labels >= 0) & (batch.labels < 20)] = UNK  # a pinned id as a label
-            outcome = oracle.run(bert(case.layers).state_dict(), sizes(model), expected, batch, Method(mode=mode))
+            outcome = oracle.run(case.build().state_dict(), sizes(model), expected, batch, Method(mode=mode))
             pairs.append(outcome.label_losses)
             sctd_ds.set_mode(model, mode)
             model(**inputs(batch)).loss.backward()
@@ -573,7 +607,7 @@ def test_a_step_on_a_gpu_never_waits(method: Method, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[6]], ids=lambda case: case.name)
 def test_evaluation_is_the_untouched_model(case: Case, dtype: torch.dtype) -> None:
-    untouched = bert(case.layers).to(dtype).eval()
+    untouched = case.build().to(dtype).eval()
     model, _ = converted(case, Method())
     model.to(dtype)
     if dtype is torch.float64:

@@ -5,31 +5,40 @@ masks padding, the oracle never sees it: a sequence here *is* its real tokens. W
 layers between the two passes, the oracle runs each pass from the embeddings on. Layers are numbered from 1, as in
 the paper.
 
-Covers Hugging Face's `BertForMaskedLM` (post-norm, erf GELU, decoder tied to the word embeddings) without dropout.
+Covers Hugging Face's `BertForMaskedLM` (post-norm, erf GELU) and `ModernBertForMaskedLM` (pre-norm, GeGLU, rotary positions,
+local attention), with the decoder tied to the word embeddings and without dropout.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
 ALWAYS_KEPT = 1e4
-WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
-DECODER_BIAS = "cls.predictions.bias"
-TIED = {"cls.predictions.decoder.weight": WORD_EMBEDDINGS, "cls.predictions.decoder.bias": DECODER_BIAS}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a state_dict does not hold: layers, heads, LayerNorm's epsilon, the id whose embedding row is frozen."""
+    """What a BERT's state_dict does not hold: layers, heads, LayerNorm's epsilon, the id whose embedding row is frozen."""
 
     layers: int
     heads: int
     norm_eps: float = 1e-12
     pad_token_id: int | None = 0
+
+
+@dataclass(frozen=True)
+class ModernSizes(Sizes):
+    """The same of a ModernBERT, and `reach`: by layer, how far to each side of itself a token attends, None for everywhere.
+    `thetas` are the bases of the rotation in layers with such a limit and in the others."""
+
+    reach: tuple[int | None, ...] = ()
+    thetas: tuple[float, float] = (10_000.0, 160_000.0)
 
 
 @dataclass(frozen=True)
@@ -97,83 +106,160 @@ def select(table: Sequence[float], ids: Sequence[int], real: Sequence[int], coun
     return sorted(ranked[:count])
 
 
-# BERT, one sequence: states are [n, d], one row per token
+# Encoders, one sequence: states are [n, d], one row per token, and `at` says where in the sequence each of them stands
 
 
 @dataclass(frozen=True)
-class Bert:
+class Encoder(ABC):
     """Weights by state_dict name and the sizes; every method works on one sequence."""
 
     weights: Mapping[str, Tensor]
     sizes: Sizes
+    words: ClassVar[str]
+    """The word embeddings' name."""
+    tied: ClassVar[Mapping[str, str]]
+    """Names of the state_dict that stand for another one's weight."""
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+        product = x @ self.weights[f"{name}.weight"].T
+        return product + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else product
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
         variance = centred.square().mean(-1, keepdim=True)
-        scale, shift = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
-        return centred / torch.sqrt(variance + self.sizes.norm_eps) * scale + shift
+        normal = centred / torch.sqrt(variance + self.sizes.norm_eps) * self.weights[f"{name}.weight"]
+        return normal + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else normal
 
-    def embed(self, ids: Sequence[int], types: Sequence[int], positions: Sequence[int]) -> Tensor:
-        rows = []
-        for token, segment, position in zip(ids, types, positions, strict=True):
-            word = self.weights[WORD_EMBEDDINGS][token]
-            if token == self.sizes.pad_token_id:
-                word = word.detach()  # nn.Embedding(padding_idx=...) learns nothing for this id through its lookup
-            segment_row = self.weights["bert.embeddings.token_type_embeddings.weight"][segment]
-            rows.append(word + segment_row + self.weights["bert.embeddings.position_embeddings.weight"][position])
-        return self.norm("bert.embeddings.LayerNorm", torch.stack(rows))
+    def word(self, token: int) -> Tensor:
+        row = self.weights[self.words][token]
+        # nn.Embedding(padding_idx=...) learns nothing for this id through its lookup.
+        return row.detach() if token == self.sizes.pad_token_id else row
 
-    def layer(self, number: int, x: Tensor, source: Tensor) -> Tensor:
+    @abstractmethod
+    def embed(self, ids: Sequence[int], types: Sequence[int], at: Sequence[int]) -> Tensor: ...
+
+    @abstractmethod
+    def layer(self, number: int, x: Tensor, at: Sequence[int], source: Tensor, source_at: Sequence[int]) -> Tensor:
         """Encoder layer `number`: queries, residual and feed-forward on `x`; keys and values from `source`."""
-        name = f"bert.encoder.layer.{number - 1}"
-        query = self.linear(f"{name}.attention.self.query", x)
-        key = self.linear(f"{name}.attention.self.key", source)
-        value = self.linear(f"{name}.attention.self.value", source)
-        width = x.shape[-1] // self.sizes.heads
-        heads = []
-        for head in range(self.sizes.heads):
-            part = slice(head * width, (head + 1) * width)
-            scores = query[:, part] @ key[:, part].T / math.sqrt(width)
-            heads.append(softmax(scores) @ value[:, part])
-        attended = self.linear(f"{name}.attention.output.dense", torch.cat(heads, dim=-1))
-        x = self.norm(f"{name}.attention.output.LayerNorm", attended + x)
-        hidden = gelu(self.linear(f"{name}.intermediate.dense", x))
-        return self.norm(f"{name}.output.LayerNorm", self.linear(f"{name}.output.dense", hidden) + x)
 
-    def full_pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All tokens through all layers. Returns the outputs of layers l-1 and l."""
+    @abstractmethod
+    def logits(self, state: Tensor) -> Tensor:
+        """[d] a finished state -> [V]."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What the head and the KL read of a layer's output."""
+        return x
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Of one head."""
+        scores = query @ key.T / math.sqrt(query.shape[-1])
+        return softmax(scores if allowed is None else scores.masked_fill(~allowed, -math.inf)) @ value
+
+    def full_pass(self, x: Tensor, at: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """All tokens through all layers. Returns the finished outputs of layers l-1 and l."""
         penultimate = x
         for number in range(1, self.sizes.layers + 1):
-            penultimate, x = x, self.layer(number, x, x)
-        return penultimate, x
+            penultimate, x = x, self.layer(number, x, at, x, at)
+        return self.finish(penultimate), self.finish(x)
 
-    def dropped_pass(self, x: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Only kept tokens in the middle layers. `kept` indexes rows of `x`. Returns layers l-1 (kept rows) and l (all)."""
+    def dropped_pass(self, x: Tensor, at: Sequence[int], kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Only kept tokens in the middle layers. `kept` indexes rows of `x`. Returns the finished outputs of layers l-1 (kept
+        rows) and l (all)."""
         last = self.sizes.layers
         cross = last // 2
+        kept_at = [at[p] for p in kept]
         for number in range(1, cross):  # 1 .. l//2 - 1: all tokens
-            x = self.layer(number, x, x)
-        y = self.layer(cross, torch.stack([x[p] for p in kept]), x)  # l//2: kept tokens look at all tokens
+            x = self.layer(number, x, at, x, at)
+        y = self.layer(cross, torch.stack([x[p] for p in kept]), kept_at, x, at)  # l//2: kept tokens look at all tokens
         for number in range(cross + 1, last):  # l//2 + 1 .. l - 1: kept tokens among themselves
-            y = self.layer(number, y, y)
+            y = self.layer(number, y, kept_at, y, kept_at)
         returned = {p: y[slot] for slot, p in enumerate(kept)}
         merged = torch.stack([returned.get(p, x[p]) for p in range(len(x))])  # the dropped ones as layer l//2 - 1 left them
-        return y, self.layer(last, merged, merged)
+        return self.finish(y), self.finish(self.layer(last, merged, at, merged, at))
 
     def token_losses(self, x: Tensor, labels: Sequence[int]) -> list[Tensor]:
         """Cross-entropy of every labelled token of one sequence, in position order."""
         losses = []
         for state, label in zip(x, labels, strict=True):
-            if label == IGNORE:
-                continue
-            hidden = gelu(self.linear("cls.predictions.transform.dense", state))
-            hidden = self.norm("cls.predictions.transform.LayerNorm", hidden)
-            logits = self.weights[WORD_EMBEDDINGS] @ hidden + self.weights[DECODER_BIAS]
-            losses.append(torch.logsumexp(logits, dim=0) - logits[label])
+            if label != IGNORE:
+                logits = self.logits(state)
+                losses.append(torch.logsumexp(logits, dim=0) - logits[label])
         return losses
+
+
+class Bert(Encoder):
+    words = "bert.embeddings.word_embeddings.weight"
+    tied: ClassVar[Mapping[str, str]] = {
+        "cls.predictions.decoder.weight": words,
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
+    def embed(self, ids: Sequence[int], types: Sequence[int], at: Sequence[int]) -> Tensor:
+        rows = []
+        for token, segment, position in zip(ids, types, at, strict=True):
+            segment_row = self.weights["bert.embeddings.token_type_embeddings.weight"][segment]
+            position_row = self.weights["bert.embeddings.position_embeddings.weight"][position]
+            rows.append(self.word(token) + segment_row + position_row)
+        return self.norm("bert.embeddings.LayerNorm", torch.stack(rows))
+
+    def layer(self, number: int, x: Tensor, at: Sequence[int], source: Tensor, source_at: Sequence[int]) -> Tensor:
+        name = f"bert.encoder.layer.{number - 1}"
+        query = self.linear(f"{name}.attention.self.query", x)
+        key = self.linear(f"{name}.attention.self.key", source)
+        value = self.linear(f"{name}.attention.self.value", source)
+        parts = zip(*(part.chunk(self.sizes.heads, dim=-1) for part in (query, key, value)), strict=True)
+        attended = self.linear(f"{name}.attention.output.dense", torch.cat([self.attend(*part) for part in parts], dim=-1))
+        x = self.norm(f"{name}.attention.output.LayerNorm", attended + x)
+        hidden = gelu(self.linear(f"{name}.intermediate.dense", x))
+        return self.norm(f"{name}.output.LayerNorm", self.linear(f"{name}.output.dense", hidden) + x)
+
+    def logits(self, state: Tensor) -> Tensor:
+        hidden = gelu(self.linear("cls.predictions.transform.dense", state))
+        hidden = self.norm("cls.predictions.transform.LayerNorm", hidden)
+        return self.weights[self.words] @ hidden + self.weights["cls.predictions.bias"]
+
+
+class ModernBert(Encoder):
+    sizes: ModernSizes
+    words = "model.embeddings.tok_embeddings.weight"
+    tied: ClassVar[Mapping[str, str]] = {"decoder.weight": words}
+
+    def embed(self, ids: Sequence[int], types: Sequence[int], at: Sequence[int]) -> Tensor:
+        return self.norm("model.embeddings.norm", torch.stack([self.word(token) for token in ids]))
+
+    def layer(self, number: int, x: Tensor, at: Sequence[int], source: Tensor, source_at: Sequence[int]) -> Tensor:
+        name, reach = f"model.layers.{number - 1}", self.sizes.reach[number - 1]
+        theta = self.sizes.thetas[0 if reach is not None else 1]
+        allowed = torch.tensor([[reach is None or abs(i - j) <= reach for j in source_at] for i in at])
+
+        def projected(part: int, states: Tensor) -> list[Tensor]:
+            """Queries (0), keys (1) or values (2), by head. The first layer does without a norm: the embeddings have one."""
+            normal = states if number == 1 else self.norm(f"{name}.attn_norm", states)
+            return self.linear(f"{name}.attn.Wqkv", normal).chunk(3, dim=-1)[part].chunk(self.sizes.heads, dim=-1)
+
+        heads = [
+            self.attend(rotate(query, at, theta), rotate(key, source_at, theta), value, allowed)
+            for query, key, value in zip(projected(0, x), projected(1, source), projected(2, source), strict=True)
+        ]
+        x = x + self.linear(f"{name}.attn.Wo", torch.cat(heads, dim=-1))
+        hidden, gate = self.linear(f"{name}.mlp.Wi", self.norm(f"{name}.mlp_norm", x)).chunk(2, dim=-1)
+        return x + self.linear(f"{name}.mlp.Wo", gelu(hidden) * gate)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.norm("model.final_norm", x)
+
+    def logits(self, state: Tensor) -> Tensor:
+        hidden = self.norm("head.norm", gelu(self.linear("head.dense", state)))
+        return self.weights[self.words] @ hidden + self.weights["decoder.bias"]
+
+
+def rotate(x: Tensor, at: Sequence[int], theta: float) -> Tensor:
+    """[n, D] of one head, turned by its positions: unit i and unit i + D/2 are a pair. Angles are fp32, the family's own."""
+    half = x.shape[-1] // 2
+    angles = torch.tensor(at).float()[:, None] * (1.0 / theta ** (torch.arange(0, 2 * half, 2).float() / (2 * half)))
+    cos, sin = angles.cos().double(), angles.sin().double()
+    first, second = x[:, :half], x[:, half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -224,11 +310,13 @@ def run(
     """Loss and gradients of one micro-batch.
 
     Args:
-        state_dict: of a `BertForMaskedLM` with tied decoder, any float dtype.
+        state_dict: of a `BertForMaskedLM`, or with ModernSizes of a `ModernBertForMaskedLM`, with tied decoder, any float
+            dtype.
         table: importance score of every vocabulary id, [V].
     """
-    leaves = {name: w.detach().double().requires_grad_() for name, w in state_dict.items() if name not in TIED}
-    bert = Bert(leaves, sizes)
+    family = ModernBert if isinstance(sizes, ModernSizes) else Bert
+    leaves = {name: w.detach().double().requires_grad_() for name, w in state_dict.items() if name not in family.tied}
+    encoder = family(leaves, sizes)
     table = [float(score) for score in table]
     length = batch.input_ids.shape[1]
     count = kept_count(length, method.drop_ratio)
@@ -246,26 +334,26 @@ def run(
         real = [p for p in range(length) if mask[p]]
         labels = [batch.labels[row, p].item() for p in real]
         assert real[0] == 0 and sum(label != IGNORE for label in labels) == (batch.labels[row] != IGNORE).sum()
-        x = bert.embed([ids[p] for p in real], [types[p] for p in real], real)
+        x = encoder.embed([ids[p] for p in real], [types[p] for p in real], real)
 
         if method.mode == "dense":
             kept = real
-            dropped = bert.full_pass(x)
+            dropped = encoder.full_pass(x, real)
         else:
             kept = select(table, ids, real, count)
-            dropped = bert.dropped_pass(x, [real.index(p) for p in kept])
+            dropped = encoder.dropped_pass(x, real, [real.index(p) for p in kept])
         all_kept.append(kept)
-        losses = bert.token_losses(dropped[1], labels)
+        losses = encoder.token_losses(dropped[1], labels)
         row_loss = sum(losses, torch.zeros((), dtype=torch.float64))
         labelled += len(losses)
         dropped_sum += row_loss.item()
         label_losses += zip([label for label in labels if label != IGNORE], [x.item() for x in losses], strict=True)
 
         if aligned[row]:
-            full = bert.full_pass(x)
+            full = encoder.full_pass(x, real)
             kl_sum = kl_sum + sequence_divergence(full, dropped, method)
             if method.objective == "paper":
-                full_loss = sum(bert.token_losses(full[1], labels), torch.zeros((), dtype=torch.float64))
+                full_loss = sum(encoder.token_losses(full[1], labels), torch.zeros((), dtype=torch.float64))
                 full_sum += full_loss.item()
                 row_loss = row_loss / 2 + full_loss / 2
         loss_sum = loss_sum + row_loss
