@@ -1,14 +1,19 @@
 """Operations of a step: as counted by hand for published models, and as counted while a step runs."""
 
+import itertools
+import statistics
+from dataclasses import replace
+
 import pytest
 import torch
+import transformers
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertForMaskedLM
 
 import sctd_ds
-from helpers.bert import small_bert
 from sctd_ds import ConfigError, ScTDConfig
+from sctd_ds.adapters import huggingface
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 
 LARGE, BASE = Shape(24, 1024, 4096, 30522, 512, 77), Shape(12, 768, 3072, 30522, 512, 77)
@@ -52,28 +57,65 @@ def test_a_dense_model_may_have_fewer_layers_than_dropping_needs():
         flops_saved(shallow, ScTDConfig())
 
 
+def test_operations_of_modernbert_at_512():
+    """GFLOP per sequence, forward and backward: by hand, and with the attention that a mask leaves out."""
+    base = Shape.of(transformers.ModernBertConfig(vocab_size=50368), length=512, labels=153)
+    d, f, v = 768, 1152, 50368
+    pairs = 8 * 512 * 512 + 14 * (512 * 129 - 64 * 65)  # layers 1, 4, 7 ... 22 are global
+    dense = 3 * (22 * 512 * (8 * d * d + 6 * d * f) + 4 * d * pairs + 2 * 153 * d * (d + v))
+    whole = ScTDConfig(last_layer="all")
+    assert sequence_flops(base, whole, "dense") == dense
+    computed = sequence_flops(replace(base, operations=replace(base.operations, windows=())), whole, "dense")
+    assert computed - dense == 3 * 4 * d * (22 * 512 * 512 - pairs)
+    modes = ("dense", "drop", "align")
+    assert [round(sequence_flops(base, ScTDConfig(), m) / 1e9, 1) for m in modes] == [392.3, 300.7, 525.8]
+
+
+@pytest.mark.parametrize("window", range(6))
+def test_pairs_within_a_window_are_those_of_the_average_choice_of_tokens(window):
+    shape = Shape(1, 1, 1, 1, length=6, labels=0)
+    for keys, queries in ((6, 6), (6, 3), (4, 4), (3, 2), (1, 1)):
+        found = [
+            sum(abs(i - j) <= window for i in chosen for j in context)
+            for context in itertools.combinations(range(6), keys)
+            for chosen in itertools.combinations(context, queries)
+        ]
+        assert shape.pairs(queries, keys, window) == pytest.approx(statistics.fmean(found))
+
+
 # Counted while a step runs: each product of matrices, forward and backward, as torch dispatches it
 
-TOY = Shape(layers=7, hidden=32, intermediate=80, vocabulary=96, length=24, labels=4)
-ROWS = 4
+SIZES = {"hidden_size": 32, "num_hidden_layers": 7, "num_attention_heads": 2, "vocab_size": 96, "max_position_embeddings": 24}
+SPECIAL = {f"{name}_token_id": 0 for name in ("pad", "cls", "sep", "bos", "eos")}
+TOYS = {
+    "BERT": transformers.BertConfig(**SIZES, intermediate_size=80, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    "ModernBERT": transformers.ModernBertConfig(**SIZES, **SPECIAL, intermediate_size=48, local_attention=6),
+}
+LENGTH, LABELS, ROWS = 24, 4, 4
+every_toy = pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS)
 
 
-def toy_model() -> BertForMaskedLM:
-    sizes = {"hidden_size": TOY.hidden, "intermediate_size": TOY.intermediate, "vocab_size": TOY.vocabulary}
-    return small_bert(**sizes, num_hidden_layers=TOY.layers, max_position_embeddings=TOY.length).train()
+def toy_model(toy: transformers.PreTrainedConfig) -> nn.Module:
+    return transformers.AutoModelForMaskedLM.from_config(toy).train()
 
 
-def operations_done(model: BertForMaskedLM) -> int:
-    """Of one forward and backward over ROWS rows, each with TOY.labels labels and one of them padded."""
+def computed_shape(toy: transformers.PreTrainedConfig) -> Shape:
+    """Attention runs with a mask, so local layers compute all pairs of tokens."""
+    shape = Shape.of(toy, length=LENGTH, labels=LABELS)
+    return replace(shape, operations=replace(shape.operations, windows=()))
+
+
+def operations_done(model: nn.Module, padded: bool = True) -> int:
+    """Of one forward and backward over ROWS rows, each with LABELS labels; padded: one of them by 4 tokens."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, TOY.vocabulary, (ROWS, TOY.length), generator=generator)
-    labelled = torch.rand(ROWS, TOY.length - 4, generator=generator).argsort(1)[:, : TOY.labels]
+    ids = torch.randint(5, SIZES["vocab_size"], (ROWS, LENGTH), generator=generator)
+    labelled = torch.rand(ROWS, LENGTH - 4, generator=generator).argsort(1)[:, :LABELS]
     labels = torch.full_like(ids, -100).scatter(1, labelled, ids.gather(1, labelled))
     mask = torch.ones_like(ids)
     mask[0, -4:] = 0
     # Attention as plain products: a fused kernel's backward computes the scores again, which no plan counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        model(input_ids=ids, attention_mask=mask if padded else None, labels=labels).loss.backward()
     return counter.get_total_flops()
 
 
@@ -89,15 +131,36 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("mode", ["dense", "drop", "align"])
-def test_a_step_does_the_operations_of_its_plan(mode, settings):
-    config = ScTDConfig(keep_token_ids=[0], labels_per_row=TOY.labels, **settings)
-    model = sctd_ds.convert(toy_model(), config)
+@every_toy
+def test_a_step_does_the_operations_of_its_plan(toy, mode, settings):
+    config = ScTDConfig(keep_token_ids=[0], labels_per_row=LABELS, **settings)
+    model = sctd_ds.convert(toy_model(toy), config)
     sctd_ds.set_mode(model, mode, step=3)
-    assert operations_done(model) == ROWS * sequence_flops(TOY, config, mode)
+    assert operations_done(model) == ROWS * sequence_flops(computed_shape(toy), config, mode)
 
 
-def test_an_untouched_model_does_its_operations_and_a_dense_step_fewer():
-    plain = operations_done(toy_model())
-    assert plain == ROWS * sequence_flops(TOY, ScTDConfig(), "dense", head_rows=TOY.length)
-    config = ScTDConfig(method="dense", keep_token_ids=[0], labels_per_row=TOY.labels)
-    assert operations_done(sctd_ds.convert(toy_model(), config)) < plain
+@every_toy
+def test_counted_are_the_operations_done_less_those_on_pairs_that_a_mask_hides(toy, monkeypatch):
+    hidden = []
+
+    def attend(query, key, value, mask, dropout):
+        every = query.shape[0] * query.shape[2] * key.shape[2]
+        seen = every if mask is None else mask.expand(len(query), 1, query.shape[2], key.shape[2]).sum().item()
+        hidden.append(every - seen)
+        return plain_attend(query, key, value, mask, dropout)
+
+    plain_attend = huggingface.attend
+    monkeypatch.setattr(huggingface, "attend", attend)
+    config = ScTDConfig(method="dense", keep_token_ids=[0], labels_per_row=LABELS, last_layer="all")
+    done = operations_done(sctd_ds.convert(toy_model(toy), config), padded=False)
+    assert len(hidden) == toy.num_hidden_layers and (sum(hidden) > 0) == (toy.model_type == "modernbert")
+    counted = sequence_flops(Shape.of(toy, length=LENGTH, labels=LABELS), config, "dense")
+    assert done - 3 * 4 * toy.hidden_size * sum(hidden) == ROWS * counted
+
+
+@every_toy
+def test_an_untouched_model_does_its_operations_and_a_dense_step_fewer(toy):
+    plain = operations_done(toy_model(toy))
+    assert plain == ROWS * sequence_flops(computed_shape(toy), ScTDConfig(), "dense", head_rows=LENGTH)
+    config = ScTDConfig(method="dense", keep_token_ids=[0], labels_per_row=LABELS)
+    assert operations_done(sctd_ds.convert(toy_model(toy), config)) < plain
