@@ -127,6 +127,8 @@ class PretrainConfig(_Block):
     """Seeds initialisation, dropout, data order and masks."""
     mlm_probability: float = Field(0.15, gt=0.0, lt=1.0)
     """Share of the tokens that are predicted; of these 80 % become [MASK], 10 % a random token, 10 % stay."""
+    decay_all: bool = False
+    """Weight decay shrinks norms and biases too, as in earlier versions, whose runs go on with true; false: matrices alone."""
     validation_every: int = Field(1000, ge=0)
     """Validate every n steps and at the end; 0: at the end only."""
     validation_rows: int = Field(512, ge=1)
@@ -181,7 +183,7 @@ REMOVED_KEYS = {
 }
 """Dotted keys of the two blocks."""
 
-NEW_KEYS = {"sctd.dense_start": 0, "sctd.dense_finish": 0}
+NEW_KEYS = {"sctd.dense_start": 0, "sctd.dense_finish": 0, "pretrain.decay_all": True}
 """Keys that checkpoints of earlier versions lack, and what runs did then."""
 
 

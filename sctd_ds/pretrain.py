@@ -172,8 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     lock.share(folder)
     if options.stages > 1:
         model = Pipeline(model, stages=options.stages, length=options.seq_length)
-    optimizer = models.build_optimizer(run, model)  # None: DeepSpeed builds it
-    engine, *_ = sctd_ds.initialize(model=model, optimizer=optimizer, model_parameters=model.parameters(), config=run.deepspeed)
+    optimizer, groups = models.build_optimizer(run, model), models.parameter_groups(run, model)  # None: DeepSpeed builds it
+    engine, *_ = sctd_ds.initialize(model=model, optimizer=optimizer, model_parameters=groups, config=run.deepspeed)
     torch.manual_seed(options.seed + 1 + rank)  # ranks have the same weights, but each has dropout of its own
     if origin:
         position = checkpoint.load(engine, origin) if found else checkpoint.start(engine, origin)

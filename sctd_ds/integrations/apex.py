@@ -63,10 +63,13 @@ def check_optimizer(optimizer_type: str, params: Mapping[str, Any]) -> None:
             raise ConfigError(f'unknown key "{key}" in optimizer.params of {optimizer_type}; {did_you_mean(key, known)}')
 
 
-def optimizer(optimizer_type: str, parameters: Iterable[nn.Parameter], params: Mapping[str, Any]) -> torch.optim.Optimizer:
+def optimizer(
+    optimizer_type: str, parameters: Iterable[nn.Parameter | dict[str, Any]], params: Mapping[str, Any]
+) -> torch.optim.Optimizer:
     """apex's optimizer over `parameters`, to be passed to `initialize` as `optimizer=`.
 
-    optimizer_type: one of OPTIMIZERS. params: its keyword arguments. ZeRO also wants zero_allow_untested_optimizer.
+    optimizer_type: one of OPTIMIZERS. parameters: or groups of them. params: the optimizer's keyword arguments. ZeRO also wants
+    zero_allow_untested_optimizer.
     """
     return _optimizer_class(optimizer_type)(parameters, **params)
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -209,10 +210,20 @@ def build_model(run: RunConfig, packed: data.PackedData) -> transformers.PreTrai
     return model
 
 
+def parameter_groups(run: RunConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters of a model, or of a pipeline's stage, for the optimizer: matrices, whose weights decay, and norms and
+    biases, whose do not. The first group has the options of the file's "optimizer" block."""
+    parameters = list(model.parameters())
+    if run.pretrain.decay_all:
+        return [{"params": parameters}]
+    matrices, others = ([p for p in parameters if (p.dim() > 1) == many] for many in (True, False))
+    return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+
+
 def build_optimizer(run: RunConfig, model: nn.Module) -> torch.optim.Optimizer | None:
     """apex's optimizer over the model, for `sctd_ds.initialize(optimizer=...)`; None where DeepSpeed builds the optimizer."""
     block = run.apex_optimizer
-    return None if block is None else apex.optimizer(block["type"], model.parameters(), block.get("params", {}))
+    return None if block is None else apex.optimizer(block["type"], parameter_groups(run, model), block.get("params", {}))
 
 
 def labels_per_row(run: RunConfig, packed: data.PackedData) -> int:

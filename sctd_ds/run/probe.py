@@ -28,7 +28,7 @@ from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.random_state import random_state, set_random_state
 from sctd_ds.engine.zero import install, uninstall
 from sctd_ds.method.schedule import Mode, mean_cost, modes
-from sctd_ds.run.models import build_optimizer
+from sctd_ds.run.models import build_optimizer, parameter_groups
 from sctd_ds.run.settings import RunConfig
 
 WARMUP = 2
@@ -96,17 +96,24 @@ def release_memory() -> None:
     get_accelerator().empty_cache()
 
 
-def start_engine(model: nn.Module, settings: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Any:
+def start_engine(
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    parameters: list[dict[str, Any]] | None = None,
+) -> Any:
     """The real engine around a converted model (or a pipeline), for timing: it writes no file and skips no step.
 
-    settings: DeepSpeed's. optimizer: None where these name one. The engine uses the model up.
+    settings: DeepSpeed's. optimizer: None where these name one. parameters: its groups; by default there is one. The engine
+    uses the model up.
     """
     left_out = ("sctd", "tensorboard", "wandb", "csv_monitor", "comet")  # the model is converted, and no monitor hears of it
     config = {key: value for key, value in settings.items() if key not in left_out}
     if config.get("fp16", {}).get("enabled"):
         # A dynamic scale starts with overflows, and a skipped update is not the one to time.
         config["fp16"] = {"enabled": True, "loss_scale": 128.0}
-    engine, *_ = initialize(model=model, optimizer=optimizer, model_parameters=model.parameters(), config=config)
+    groups = parameters or [{"params": list(model.parameters())}]
+    engine, *_ = initialize(model=model, optimizer=optimizer, model_parameters=groups, config=config)
     return engine
 
 
@@ -165,7 +172,9 @@ def measure(model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Ten
 
 def _measure_data_parallel(model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int) -> Probe:
     """Time micro-batch and update by themselves, of which a step consists."""
-    engine = start_engine(model, _settings(run, accumulation=1), build_optimizer(run, model))
+    engine = start_engine(
+        model, _settings(run, accumulation=1), build_optimizer(run, model), parameter_groups(run, model)
+    )
     converted, plain = model.forward, types.MethodType(type(model).forward, model)
 
     def turn(mode: Mode, untouched: bool = False) -> list[Call]:
@@ -188,7 +197,9 @@ def _measure_data_parallel(model: nn.Module, run: RunConfig, batches: Iterator[M
 def _measure_pipeline(model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int) -> Probe:
     """Time whole steps: micro-batches overlap in a pipeline, so one alone says nothing."""
     pipeline = Pipeline(model, stages=run.pretrain.stages, length=run.pretrain.seq_length)
-    engine = start_engine(pipeline, _settings(run, run.accumulation), build_optimizer(run, pipeline))
+    engine = start_engine(
+        pipeline, _settings(run, run.accumulation), build_optimizer(run, pipeline), parameter_groups(run, pipeline)
+    )
     engine.time_work = True
     work_ms: dict[str, list[float]] = {mode: [] for mode in modes(run.sctd)}
 
