@@ -30,6 +30,7 @@ from sctd_ds.config import ConfigError, Method
 from sctd_ds.engine import checkpoint, place, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
+from sctd_ds.integrations import schedules
 from sctd_ds.run import control, job, lock, models, output, probe, report, samples, stop
 from sctd_ds.run.metrics import Metrics, take_monitor
 from sctd_ds.run.settings import RunConfig, shipped
@@ -151,7 +152,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = {**run.flat(), "data.fingerprint": packed.meta.fingerprint}
     if origin:
         allowed = tuple(arguments.allow_change)
-        ranks.on_all(lambda: checkpoint.check(origin, settings, allowed, steps=options.steps, other_layout=not found))
+        ranks.on_all(
+            lambda: checkpoint.check(
+                origin, settings, allowed, steps=options.steps, from_steps=run.from_steps, other_layout=not found
+            )
+        )
     loader, validation_batches = job.make_batches(run, packed, rank)
 
     # Model
@@ -173,7 +178,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.stages > 1:
         model = Pipeline(model, stages=options.stages, length=options.seq_length)
     optimizer = models.build_optimizer(run, model)  # None: DeepSpeed builds it
-    engine, *_ = sctd_ds.initialize(model=model, optimizer=optimizer, model_parameters=model.parameters(), config=run.deepspeed)
+    engine, *_ = sctd_ds.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model.parameters(),
+        lr_scheduler=schedules.of(run.transformers_schedule),
+        config=run.deepspeed,
+    )
     torch.manual_seed(options.seed + 1 + rank)  # ranks have the same weights, but each has dropout of its own
     if origin:
         position = checkpoint.load(engine, origin) if found else checkpoint.start(engine, origin)
