@@ -26,6 +26,7 @@ from sctd_ds.config import (
     ConfigError,
     PretrainConfig,
     ScTDConfig,
+    counted,
     did_you_mean,
     leaves,
     problems,
@@ -134,7 +135,8 @@ def replicas(ranks: int, stages: int) -> int:
     """How many pipelines of `stages` stages the ranks form. Raises ConfigError where some are left over."""
     if ranks % stages:
         raise ConfigError(
-            f"{ranks} ranks cannot form pipelines of {stages} stages: start a multiple of {stages} ranks (--num_gpus)"
+            f"{counted(ranks, 'rank', 'ranks')} cannot form pipelines of {stages} stages: start a multiple of {stages} ranks "
+            "(--num_gpus)"
         )
     return ranks // stages
 

@@ -211,9 +211,13 @@ def main(argv: list[str] | None = None) -> int:
             saved = checkpoint.save(engine, folder / "checkpoints", settings, loader.position, options.keep_last)
             metrics.saved(saved, time.perf_counter() - start)
 
-        finished = train(
-            engine, loader, run, metrics, launcher, evaluate=lambda: validate(engine, validation_batches()), save=save
-        )
+        def judge(step: int) -> None:
+            metrics.validation(step, validate(engine, validation_batches()))
+            if rank == 0 and options.stages == 1:
+                read = samples.read(engine.module, packed, folder)
+                metrics.show(step, "masked text", [sample.while_training() for sample in read])
+
+        finished = train(engine, loader, run, metrics, launcher, judge, save)
     if not finished:
         logger.info("stopped after step %d, as asked; the same command continues", engine.applied_steps)
         return 143
@@ -229,17 +233,22 @@ def train(
     run: RunConfig,
     metrics: Metrics,
     launcher: stop.Launcher,
-    evaluate: Callable[[], dict[str, float]],
+    judge: Callable[[int], None],
     save: Callable[[], None],
 ) -> bool:
-    """From the engine's step to the last; False if a signal stopped it early. The last step is saved in both cases."""
+    """From the engine's step to the last, or to that of an early end; False if a signal stopped it before. The last step taken
+    is saved in each case.
+
+    judge: validates after a step, and records it.
+    """
     options, kept_share = run.pretrain, report.kept_share(run)
     stop.listen(engine)
     engine.train()
     if options.trained_model and engine.applied_steps == 0:
-        metrics.validation(0, evaluate())
+        judge(0)
+    stalled = has_stalled(metrics, options.early_stopping)
 
-    while engine.applied_steps < options.steps:
+    while engine.applied_steps < options.steps and not stalled:
         # Mode
         mode, rate = engine.step_mode, engine.get_lr()[0]
         engine.stop_requested |= launcher.is_lost()
@@ -273,16 +282,31 @@ def train(
 
         # Validate
         if last or (applied and is_due(step, options.validation_every)):
-            metrics.validation(step, evaluate())
+            judge(step)
+            stalled = has_stalled(metrics, options.early_stopping)
 
         # Save
-        if last or engine.stop_agreed or (applied and is_due(step, options.save_every)):
+        if last or stalled or engine.stop_agreed or (applied and is_due(step, options.save_every)):
             save()
 
         # Stop
-        if engine.stop_agreed and not last:
+        if engine.stop_agreed and not last and not stalled:
             return False
+    if engine.applied_steps < options.steps:
+        logger.info(
+            "early end after step %d: %d validations in a row have not lowered the loss (pretrain.early_stopping)",
+            engine.applied_steps,
+            options.early_stopping,
+        )
     return True
+
+
+def has_stalled(metrics: Metrics, patience: int) -> bool:
+    """Whether so many validations in a row, of this run or of the one that it continues, have not lowered the loss; 0: never.
+
+    Rank 0, which has the records, decides for all. Every rank calls.
+    """
+    return patience > 0 and ranks.on_first(metrics.validations_without_gain) >= patience
 
 
 def is_due(step: int, every: int) -> bool:

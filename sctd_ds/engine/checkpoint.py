@@ -25,7 +25,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
-from sctd_ds.config import MAY_DIFFER_ON_RESUME, MAY_DIFFER_ON_START, differences
+from sctd_ds.config import MAY_DIFFER_ON_RESUME, MAY_DIFFER_ON_START, counted, differences
 from sctd_ds.engine import ranks, reader
 from sctd_ds.engine.random_state import file_of
 from sctd_ds.engine.reader import CheckpointError
@@ -135,7 +135,8 @@ def check(
     stored = about(checkpoint)
     if not other_layout and stored["world_size"] != dist.get_world_size():
         raise CheckpointError(
-            f"{checkpoint} was written by {stored['world_size']} ranks, this run has {dist.get_world_size()}: ZeRO keeps one "
+            f"{checkpoint} was written by {counted(stored['world_size'], 'rank', 'ranks')}, this run has "
+            f"{dist.get_world_size()}: ZeRO keeps one "
             "share of the optimizer per rank. Start with the same number of ranks, or use another --output and --start-from"
         )
     may_differ = (MAY_DIFFER_ON_START if other_layout else MAY_DIFFER_ON_RESUME) | set(allow_change)

@@ -25,7 +25,7 @@ def equal_compute(run: RunConfig, shape: Shape) -> dict[str, Any]:
     for key in ("total_num_steps", "num_training_steps"):
         if key in schedule:
             schedule[key] = round(schedule[key] * steps / run.pretrain.steps)
-    pretrain = {**run.pretrain.model_dump(exclude_defaults=True), "steps": steps}
+    pretrain = {**run.pretrain.model_dump(exclude_defaults=True, exclude={"early_stopping"}), "steps": steps}
     return {**deepspeed, "sctd": {"method": "dense"}, "pretrain": pretrain}
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import statistics
@@ -134,7 +135,9 @@ class Metrics:
             return
         with output.errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            self._spikes = Spikes(_forget_after(self.path, start if keep else -1))
+            before = _forget_after(self.path, start if keep else -1)
+            self._spikes = Spikes(before)
+            self._validations: list[float] = [record["loss_full"] for record in of("validation", before)]
             self._file = self.path.open("a", encoding="utf-8")
         self._recent: list[Record] = []
         # A terminal gets a bar; a log file gets lines, because a bar would fill it with control characters.
@@ -178,7 +181,23 @@ class Metrics:
         if not self._active:
             return
         self._flush()
+        self._validations.append(values["loss_full"])
         self._say(f"validation at step {step}: {text('validation', values)}")
+
+    def validations_without_gain(self) -> int:
+        """How many validations there were since that of the lowest loss. On rank 0 only."""
+        losses = [loss if math.isfinite(loss) else math.inf for loss in self._validations]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+    def show(self, step: int, title: str, lines: Sequence[str]) -> None:
+        """Lines for a person to read: in the log, and in TensorBoard as text."""
+        if not self._active:
+            return
+        for line in lines:
+            self._say(f"{title} at step {step}: {line}")
+        if self._monitor is not None and getattr(self._monitor.tb_monitor, "summary_writer", None) is not None:
+            with output.errors("a monitor (tensorboard, wandb, csv_monitor)"):
+                self._monitor.tb_monitor.summary_writer.add_text(title, "\n\n".join(lines), step)
 
     def saved(self, checkpoint: Path, seconds: float) -> None:
         """Say what a save cost, and where it is too slow for the usual way to stop a run."""

@@ -37,6 +37,8 @@ class Report:
     name: str
     method: str
     steps: int
+    planned_steps: int
+    """More than `steps` where the validation loss stopped falling (pretrain.early_stopping)."""
     loss: dict[str, float]
     """The "first" and the "last" step's."""
     trained_model: str | None
@@ -106,6 +108,7 @@ def build(
         name=run.name,
         method=run.sctd.method,
         steps=train[-1]["step"] if train else 0,
+        planned_steps=run.pretrain.steps,
         loss={"first": train[0]["loss"], "last": train[-1]["loss"]} if train else {},
         trained_model=run.pretrain.trained_model,
         validation=validation[-1] if validation else {},
@@ -174,7 +177,10 @@ def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe:
 
 def text(report: Report, folder: Path) -> str:
     """The report for a person."""
-    lines = [f"{report.name}: {report.steps} steps, method {report.method}, on {report.environment['device']}"]
+    steps = f"{report.steps} steps"
+    if report.steps < report.planned_steps:
+        steps += f" of {report.planned_steps} (the validation loss fell no more: pretrain.early_stopping)"
+    lines = [f"{report.name}: {steps}, method {report.method}, on {report.environment['device']}"]
     if report.loss:
         lines.append(
             f"  training         {metrics.text('train', {'loss': report.loss['last']}, {'loss': report.loss['first']})}"

@@ -22,6 +22,7 @@ from sctd_ds.config import (
     ConfigError,
     PretrainConfig,
     ScTDConfig,
+    counted,
     json_block,
     leaves,
     one_line,
@@ -133,6 +134,15 @@ def load(
     sctd = _count_phases(ScTDConfig(**json_block(raw, "sctd")), pretrain.steps)
     if method not in (None, sctd.method):
         raise ConfigError(f'--method {method}, but --set makes sctd.method "{sctd.method}": use one of them')
+    if pretrain.early_stopping and not pretrain.validation_every:
+        raise ConfigError(
+            f"pretrain.early_stopping={pretrain.early_stopping} counts validations, but pretrain.validation_every is 0: set it"
+        )
+    if pretrain.early_stopping and sctd.dense_finish:
+        raise ConfigError(
+            "pretrain.early_stopping with sctd.dense_finish: a run that stops early never comes to its dense steps at the end; "
+            "remove one of them"
+        )
     if pretrain.tokenizer and pretrain.trained_model:
         raise ConfigError(
             f'pretrain.tokenizer="{pretrain.tokenizer}", but the trained model {pretrain.trained_model} brings its own: '
@@ -146,8 +156,15 @@ def load(
     # The run records its own throughput; DeepSpeed's timer would stop the host twice per micro-batch.
     deepspeed.setdefault("timers", {"throughput": {"enabled": False}})
     optimizer = _take_apex_optimizer(deepspeed)
+    schedule_ends = {"total_num_steps", "num_training_steps"} & deepspeed.get("scheduler", {}).get("params", {}).keys()
     schedule = _take_transformers_schedule(deepspeed)
     notes = _resolve_precision(deepspeed) + _warnings(deepspeed, optimizer)
+    if pretrain.early_stopping and schedule_ends:
+        notes += (
+            "pretrain.early_stopping with a learning rate that decays: a run that stops early has missed the end of the decay, "
+            "which lowers the loss most. A constant rate and a decay from its last checkpoint go together better "
+            "(docs/configuration.md).",
+        )
     _rehearse(deepspeed, schedule)
     return RunConfig(name, deepspeed, sctd, pretrain, micro, accumulation, pipelines, optimizer, schedule, from_steps, notes)
 
@@ -201,7 +218,8 @@ def _resolve_batch(config: Block, world_size: int) -> tuple[int, int]:
     if micro * steps * world_size != total:
         raise ConfigError(
             f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x gradient_accumulation_steps={steps} "
-            f"x {world_size} ranks: choose a micro batch and a number of ranks whose product divides {total}"
+            f"x {counted(world_size, 'rank', 'ranks')}: choose a micro batch and a number of ranks whose "
+            f"product divides {total}"
         )
     config.update(zip(keys, (total, micro, steps), strict=True))
     return micro, steps
