@@ -134,6 +134,9 @@ class PretrainConfig(_Block):
     """Validate every n steps and at the end; 0: at the end only."""
     validation_rows: int = Field(512, ge=1)
     """Rows of the validation split used each time."""
+    evaluate: str | None = None
+    """A folder with past_present.txt, subj_number.txt or both, of SentEval or from `python -m sctd_ds.eval synthetic`: each
+    validation also scores a linear probe on the model's states, for tense and for number. Needs scikit-learn."""
     early_stopping: int = Field(0, ge=0)
     """Stop once so many validations in a row have not brought the validation loss below its lowest value before them. The last
     weights are exported, not the best. 0: train all steps."""
@@ -193,7 +196,7 @@ NEW_KEYS = {"sctd.dense_start": 0, "sctd.dense_finish": 0, "pretrain.early_stopp
 
 _RECORDING = frozenset(
     """
-    pretrain.log_every pretrain.validation_every pretrain.save_every pretrain.keep_last pretrain.probe_steps
+    pretrain.log_every pretrain.validation_every pretrain.evaluate pretrain.save_every pretrain.keep_last pretrain.probe_steps
     steps_per_print tensorboard wandb csv_monitor comet dump_state log_level
     """.split()
 )
@@ -205,7 +208,7 @@ _SPEED_AND_NAMES = frozenset(
     zero_optimization.overlap_comm zero_optimization.reduce_bucket_size
     """.split()
 )
-"""How fast steps are, how runs are judged and ended, and what the data is called (its content is compared by its fingerprint)."""
+"""How fast steps are, how runs are judged and ended, and the name of the data (its content is compared by its fingerprint)."""
 _LAYOUT = frozenset(
     """
     pretrain.stages zero_optimization train_micro_batch_size_per_gpu gradient_accumulation_steps

@@ -30,6 +30,7 @@ from sctd_ds.config import ConfigError, Method
 from sctd_ds.engine import checkpoint, place, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
+from sctd_ds.eval import EvalError, training
 from sctd_ds.integrations import schedules
 from sctd_ds.run import control, job, lock, models, output, probe, report, samples, stop
 from sctd_ds.run.metrics import Metrics, take_monitor
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     source = arguments.data or options.data
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
     job.check_files(source, run)
+    probes = training.load(options.evaluate) if options.evaluate else {}
     if not arguments.write_control:
         output.check(folder)
     for note in filter(None, (here.note, *run.notes)):
@@ -212,7 +214,10 @@ def main(argv: list[str] | None = None) -> int:
             metrics.saved(saved, time.perf_counter() - start)
 
         def judge(step: int) -> None:
-            metrics.validation(step, validate(engine, validation_batches()))
+            values = validate(engine, validation_batches())
+            if rank == 0 and probes:
+                values |= training.score(engine.module, packed.tokenizer, probes, longest=options.seq_length)
+            metrics.validation(step, values)
             if rank == 0 and options.stages == 1:
                 read = samples.read(engine.module, packed, folder)
                 metrics.show(step, "masked text", [sample.while_training() for sample in read])
@@ -327,7 +332,7 @@ def run_and_report(argv: list[str] | None = None) -> int:
     problem: Exception
     try:
         return main(argv)
-    except (ConfigError, data.DataError, checkpoint.CheckpointError, output.OutputError) as error:
+    except (ConfigError, data.DataError, checkpoint.CheckpointError, output.OutputError, EvalError) as error:
         problem, status = error, 2
     except TrainingError as error:
         problem, status = error, 3

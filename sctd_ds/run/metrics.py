@@ -46,15 +46,15 @@ class Metric:
     monitored: bool = True
     shown: Literal["mean", "last"] | None = None
     """In log lines and in the report's text. A training log line has the mean over its steps, or the last step's value."""
-    drawn: bool = False
-    """Whether the figure's loss panel has a curve of it."""
+    drawn: Literal["loss", "scores"] | None = None
+    """The panel of the figure that has a curve of it."""
     always: bool = False
     """Whether every record of its event has it: a line of metrics.jsonl that lacks it is damaged."""
 
 
 METRICS: dict[Event, tuple[Metric, ...]] = {
     "train": (
-        Metric("loss", "loss", "{:.3f}", shown="mean", drawn=True, always=True),
+        Metric("loss", "loss", "{:.3f}", shown="mean", drawn="loss", always=True),
         Metric("ce_drop", "cross-entropy with dropping", "{:.3f}"),
         Metric("ce_full", "cross-entropy", "{:.3f}"),
         Metric("ce_sentence", "sentence loss", "{:.3f}"),
@@ -69,13 +69,15 @@ METRICS: dict[Event, tuple[Metric, ...]] = {
         Metric("kept_token_share", "kept tokens", "{:.0%}", monitored=False),
     ),
     "validation": (
-        Metric("loss_full", "loss", "{:.4f}", shown="last", drawn=True, always=True),
-        Metric("loss_drop", "loss with dropping", "{:.4f}", shown="last", drawn=True),
+        Metric("loss_full", "loss", "{:.4f}", shown="last", drawn="loss", always=True),
+        Metric("loss_drop", "loss with dropping", "{:.4f}", shown="last", drawn="loss"),
         Metric("gap", "gap", "{:+.4f}", shown="last"),
         Metric("kl_last", "KL at layer l", "{:.2e}", shown="last"),
         Metric("kl_previous", "KL at layer l-1", "{:.2e}"),
         Metric("cosine_last", "cosine at layer l", "{:.4f}", shown="last"),
         Metric("cosine_previous", "cosine at layer l-1", "{:.4f}"),
+        Metric("tense", "probe of tense", "{:.1f} %", shown="last", drawn="scores"),
+        Metric("number", "probe of number", "{:.1f} %", shown="last", drawn="scores"),
     ),
 }
 """Every metric, by event. A value may be None or absent where it does not apply, for example "ce_full" in a drop step."""

@@ -271,9 +271,14 @@ def plot(report: Report, records: Sequence[Record], path: Path) -> None:
     """Losses, the saving, learning rate, gradient norm and step times by mode, with dense phases shaded."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    panels = figure.subplot_mosaic([["loss", "loss", "saving"], ["rate", "norm", "times"]])
+    rows: list[Any] = [["loss", "loss", "saving"], ["rate", "norm", "times"]]
+    if any(record.get(metric.name) is not None for metric in _drawn("validation", "scores") for record in records):
+        rows.append(["scores"] * 3)
+    figure = Figure(figsize=(13, 3.75 * len(rows)), layout="constrained")
+    panels = figure.subplot_mosaic(rows)
     _plot_losses(panels["loss"], report, records)
+    if "scores" in panels:
+        _plot_scores(panels["scores"], records)
     _plot_saving(panels["saving"], report)
     train = metrics.of("train", records)
     panels["rate"].plot(*_points(train, "lr"))
@@ -281,7 +286,7 @@ def plot(report: Report, records: Sequence[Record], path: Path) -> None:
     panels["norm"].plot(*_points(train, "grad_norm"), lw=0.8)
     panels["norm"].set(title="Gradient norm before clipping", xlabel="step", ylim=(0, _most(_points(train, "grad_norm")[1])))
     _plot_times(panels["times"], report, train)
-    for name in ("loss", "rate", "norm", "times"):
+    for name in panels.keys() - {"saving"}:
         for number, (first, last) in enumerate(report.dense_phases):
             panels[name].axvspan(first - 0.5, last + 0.5, color="0.92", zorder=0, label=None if number else "dense phase")
         if panels[name].get_legend_handles_labels()[0]:
@@ -294,7 +299,7 @@ def _plot_losses(panel: Any, report: Report, records: Sequence[Record]) -> None:
     styles: dict[Event, dict[str, Any]] = {"train": {"lw": 0.6, "alpha": 0.4}, "validation": {"marker": "o", "ms": 3}}
     drawn: list[float] = []
     for event, style in styles.items():
-        for metric in (metric for metric in METRICS[event] if metric.drawn):
+        for metric in _drawn(event, "loss"):
             steps, values = _points(metrics.of(event, records), metric.name)
             if not values:
                 continue
@@ -309,6 +314,16 @@ def _plot_losses(panel: Any, report: Report, records: Sequence[Record]) -> None:
     if drawn:
         panel.set_ylim(min(drawn) - 0.05 * (_most(drawn) - min(drawn)), _most(drawn))
     panel.set(title="Loss", xlabel="step", ylabel="nats per masked token")
+
+
+def _plot_scores(panel: Any, records: Sequence[Record]) -> None:
+    for metric in _drawn("validation", "scores"):
+        panel.plot(*_points(metrics.of("validation", records), metric.name), marker="o", ms=3, label=metric.label)
+    panel.set(title="Scores", xlabel="step", ylabel="%")
+
+
+def _drawn(event: Event, panel: str) -> list[metrics.Metric]:
+    return [metric for metric in METRICS[event] if metric.drawn == panel]
 
 
 def _plot_times(panel: Any, report: Report, train: Sequence[Record]) -> None:

@@ -134,20 +134,7 @@ def load(
     sctd = _count_phases(ScTDConfig(**json_block(raw, "sctd")), pretrain.steps)
     if method not in (None, sctd.method):
         raise ConfigError(f'--method {method}, but --set makes sctd.method "{sctd.method}": use one of them')
-    if pretrain.early_stopping and not pretrain.validation_every:
-        raise ConfigError(
-            f"pretrain.early_stopping={pretrain.early_stopping} counts validations, but pretrain.validation_every is 0: set it"
-        )
-    if pretrain.early_stopping and sctd.dense_finish:
-        raise ConfigError(
-            "pretrain.early_stopping with sctd.dense_finish: a run that stops early never comes to its dense steps at the end; "
-            "remove one of them"
-        )
-    if pretrain.tokenizer and pretrain.trained_model:
-        raise ConfigError(
-            f'pretrain.tokenizer="{pretrain.tokenizer}", but the trained model {pretrain.trained_model} brings its own: '
-            "remove the key (into a model folder without one, save the tokenizer)"
-        )
+    _check_together(pretrain, sctd)
 
     # Fill in what follows from other keys, and from the machine
     pipelines = replicas(world_size, pretrain.stages)
@@ -167,6 +154,29 @@ def load(
         )
     _rehearse(deepspeed, schedule)
     return RunConfig(name, deepspeed, sctd, pretrain, micro, accumulation, pipelines, optimizer, schedule, from_steps, notes)
+
+
+def _check_together(pretrain: PretrainConfig, sctd: ScTDConfig) -> None:
+    """ConfigError for keys of which each is fine, but not beside the other."""
+    if pretrain.evaluate and pretrain.stages > 1:
+        raise ConfigError(
+            f"pretrain.evaluate needs the whole model, and with pretrain.stages={pretrain.stages} no rank has it: remove the "
+            "key, and evaluate the exported model (python -m sctd_ds.eval)"
+        )
+    if pretrain.early_stopping and not pretrain.validation_every:
+        raise ConfigError(
+            f"pretrain.early_stopping={pretrain.early_stopping} counts validations, but pretrain.validation_every is 0: set it"
+        )
+    if pretrain.early_stopping and sctd.dense_finish:
+        raise ConfigError(
+            "pretrain.early_stopping with sctd.dense_finish: a run that stops early never comes to its dense steps at the end; "
+            "remove one of them"
+        )
+    if pretrain.tokenizer and pretrain.trained_model:
+        raise ConfigError(
+            f'pretrain.tokenizer="{pretrain.tokenizer}", but the trained model {pretrain.trained_model} brings its own: '
+            "remove the key (into a model folder without one, save the tokenizer)"
+        )
 
 
 def _count_phases(sctd: ScTDConfig, steps: int) -> ScTDConfig:
