@@ -331,11 +331,12 @@ def _plot_end(axis: Any, variants: Mapping[str, Mapping[int, Outcome]], measure:
 
 
 def _plot_curves(axis: Any, variants: Mapping[str, Mapping[int, Outcome]], x: str, measure: str) -> None:
-    """A faint curve per seed, and their mean at the steps that all seeds of a variant have."""
+    """A faint curve per seed, or a point, and their mean at the steps that all seeds of a variant have."""
     for i, (name, by_seed) in enumerate(variants.items()):
         places = [{p["step"]: (p[x], p[measure]) for p in result.points if measure in p} for result in by_seed.values()]
         for place in places:
-            axis.plot(*zip(*place.values(), strict=True), color=f"C{i}", lw=0.8, alpha=0.3)
+            marker = "o" if len(place) == 1 else ""  # a line of one point would not be seen
+            axis.plot(*zip(*place.values(), strict=True), color=f"C{i}", lw=0.8, alpha=0.3, marker=marker)
         steps = [step for step in places[0] if all(step in place for place in places)]
         means = [[statistics.fmean(place[step][column] for place in places) for step in steps] for column in (0, 1)]
         axis.plot(*means, color=f"C{i}", marker=".", label=name)

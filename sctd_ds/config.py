@@ -133,6 +133,12 @@ class PretrainConfig(_Block):
     """Validate every n steps and at the end; 0: at the end only."""
     validation_rows: int = Field(512, ge=1)
     """Rows of the validation split used each time."""
+    evaluate: str | None = None
+    """A folder with past_present.txt, subj_number.txt or both, of SentEval or from `python -m sctd_ds.eval synthetic`: each
+    validation also scores a linear probe on the model's states, for tense and for number. Needs scikit-learn."""
+    early_stopping: int = Field(0, ge=0)
+    """Stop once so many validations in a row have not brought the validation loss below its lowest value before them. The last
+    weights are exported, not the best. 0: train all steps."""
     log_every: int = Field(50, ge=1)
     """Every n steps: one line on the console where there is no terminal, and one write of metrics."""
     save_every: int = Field(1000, ge=0)
@@ -183,25 +189,30 @@ REMOVED_KEYS = {
 }
 """Dotted keys of the two blocks."""
 
-NEW_KEYS = {"sctd.dense_start": 0, "sctd.dense_finish": 0, "pretrain.decay_all": True}
+NEW_KEYS = {
+    "sctd.dense_start": 0,
+    "sctd.dense_finish": 0,
+    "pretrain.early_stopping": 0,
+    "pretrain.decay_all": True,
+}
 """Keys that checkpoints of earlier versions lack, and what runs did then."""
 
 
 _RECORDING = frozenset(
     """
-    pretrain.log_every pretrain.validation_every pretrain.save_every pretrain.keep_last pretrain.probe_steps
+    pretrain.log_every pretrain.validation_every pretrain.evaluate pretrain.save_every pretrain.keep_last pretrain.probe_steps
     steps_per_print tensorboard wandb csv_monitor comet dump_state log_level
     """.split()
 )
 """What is written down, and when."""
 _SPEED_AND_NAMES = frozenset(
     """
-    pretrain.data pretrain.validation_rows pretrain.num_workers pretrain.deterministic
+    pretrain.data pretrain.validation_rows pretrain.early_stopping pretrain.num_workers pretrain.deterministic
     wall_clock_breakdown flops_profiler comms_logger memory_breakdown timers
     zero_optimization.overlap_comm zero_optimization.reduce_bucket_size
     """.split()
 )
-"""How fast steps are, how runs are judged, and what the data is called (its content is compared by its fingerprint)."""
+"""How fast steps are, how runs are judged and ended, and the name of the data (its content is compared by its fingerprint)."""
 _LAYOUT = frozenset(
     """
     pretrain.stages zero_optimization train_micro_batch_size_per_gpu gradient_accumulation_steps
@@ -311,6 +322,11 @@ def short(value: Any) -> str:
     """A value in a message: one line of bearable length."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """A number with its noun: "1 rank", "2 ranks"."""
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def one_line(error: Exception) -> str:

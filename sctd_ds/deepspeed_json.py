@@ -26,6 +26,7 @@ from sctd_ds.config import (
     ConfigError,
     PretrainConfig,
     ScTDConfig,
+    counted,
     did_you_mean,
     leaves,
     problems,
@@ -34,8 +35,10 @@ from sctd_ds.config import (
 from sctd_ds.deepspeed_schema import (
     BLOCKS,
     DEEPSPEED_KEYS,
+    PHASES,
     SCHEDULES,
     TORCH_OPTIMIZERS,
+    TRANSFORMERS_SCHEDULES,
     VALUES,
     Model,
     inner,
@@ -132,7 +135,8 @@ def replicas(ranks: int, stages: int) -> int:
     """How many pipelines of `stages` stages the ranks form. Raises ConfigError where some are left over."""
     if ranks % stages:
         raise ConfigError(
-            f"{ranks} ranks cannot form pipelines of {stages} stages: start a multiple of {stages} ranks (--num_gpus)"
+            f"{counted(ranks, 'rank', 'ranks')} cannot form pipelines of {stages} stages: start a multiple of {stages} ranks "
+            "(--num_gpus)"
         )
     return ranks // stages
 
@@ -359,18 +363,31 @@ def _scheduler(raw: Block) -> Iterator[Finding]:
     if not isinstance(raw.get("scheduler"), dict):
         return
     yield from _unknown_keys(raw, "scheduler", ("type", "params"))
-    name = str(raw["scheduler"].get("type"))
-    if name not in SCHEDULES:
-        yield Finding("refused", "scheduler.type", f'scheduler.type="{name}" is unknown', did_you_mean(name, SCHEDULES))
+    name, own = str(raw["scheduler"].get("type")), "pretrain" in raw
+    known = [*SCHEDULES, *TRANSFORMERS_SCHEDULES] if own else SCHEDULES
+    if name not in known:
+        why, remedy = f'scheduler.type="{name}" is unknown', did_you_mean(name, known)
+        if name in TRANSFORMERS_SCHEDULES:  # pretrain.py builds it
+            why = f'scheduler.type="{name}": DeepSpeed cannot build it'
+            remedy = "build it in your script by transformers.get_scheduler, and pass it as initialize(lr_scheduler=...)"
+        yield Finding("refused", "scheduler.type", why, remedy)
         return
     wrapped = zero_stage(raw) or any(_block(raw, key).get("enabled") is True for key in ("fp16", "bf16"))
-    if name not in VALID_LR_SCHEDULES and wrapped:
+    if name not in (*VALID_LR_SCHEDULES, *TRANSFORMERS_SCHEDULES) and wrapped:
         why = f'scheduler.type="{name}": torch\'s schedules refuse the optimizers of ZeRO, fp16 and bf16'
         yield Finding("refused", "scheduler.type", why, f"use one of {', '.join(VALID_LR_SCHEDULES)}")
         return
-    model = schedule_parameters(name)
-    yield from _unknown_keys(raw, "scheduler.params", _names(model))
-    yield from _values(_block(raw, "scheduler", "params"), "scheduler.params", model)
+    model, params = schedule_parameters(name), _block(raw, "scheduler", "params")
+    yield from _unknown_keys(raw, "scheduler.params", {*_names(model), "num_stable_steps"})
+    yield from _values(params, "scheduler.params", model)
+    path = "scheduler.params.num_stable_steps"
+    if "num_stable_steps" in params:
+        yield Finding("refused", path, f"{path}: the stable steps are those that are left", "remove it", _removing(path))
+    for key in PHASES:
+        if not own and isinstance(params.get(key), float) and 0 < params[key] < 1:
+            path = f"scheduler.params.{key}"
+            why = f"{path}={params[key]}: a share of the steps, which DeepSpeed cannot count"
+            yield Finding("refused", path, why, "write a number of steps")
 
 
 # Facts: precision, parallelism, token dropping
@@ -504,7 +521,9 @@ def _host_stops(raw: Block) -> Iterator[Finding]:
 
 
 # "auto" values that pretrain.py replaces (see run/settings.py), and those that DeepSpeed itself understands.
-_RESOLVED = {"gradient_accumulation_steps", "scheduler.params.total_num_steps", "scheduler.params.warmup_max_lr"}
+_RESOLVED = {"gradient_accumulation_steps"} | {
+    f"scheduler.params.{key}" for key in ("total_num_steps", "num_training_steps", "warmup_max_lr")
+}
 _UNDERSTOOD = {"pipeline.stages", "data_types.keep_in_fp32_modules"}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -33,6 +33,7 @@ from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from sctd_ds.config import PretrainConfig, ScTDConfig
 
@@ -197,13 +198,17 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(ge=0)]
 Rates = Rate | list[Rate]
 """One for all groups of parameters, or one for each."""
+_PART = Annotated[float, Field(gt=0, lt=1)]
 _RANGES: dict[str, Any] = {
     "lr": (Positive, None),
     "betas": (tuple[Share, Share], None),
     "eps": (Annotated[float, Field(ge=0, le=1)], None),
     "warmup_type": (Literal[lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE], None),
-    "warmup_num_steps": (Count, None),
+    "warmup_num_steps": (Count | _PART, None),
     "total_num_steps": (Count, ...),
+    "num_warmup_steps": (Annotated[int, Field(ge=0)] | _PART, ...),
+    "num_decay_steps": (Count | _PART, ...),
+    "num_training_steps": (Count, None),
     "warmup_min_lr": (Rates, None),
     "warmup_max_lr": (Positive | list[Positive] | None, None),
     "cycle_min_lr": (Rates, ...),
@@ -216,12 +221,22 @@ _RANGES: dict[str, Any] = {
 TORCH_OPTIMIZERS = [name for name, value in vars(torch.optim).items() if inspect.isclass(value) and name != "Optimizer"]
 SCHEDULES = [*lr_schedules.VALID_LR_SCHEDULES, *torch.optim.lr_scheduler.__all__]
 """DeepSpeed's own, and where it looks next."""
+_OF_TRANSFORMERS: Any = TYPE_TO_SCHEDULER_FUNCTION
+TRANSFORMERS_SCHEDULES: dict[str, Callable[..., Any]] = {
+    f"transformers.{kind.value}": function
+    for kind, function in _OF_TRANSFORMERS.items()
+    if "num_warmup_steps" in inspect.signature(function).parameters  # the others are constant, or follow the loss
+}
+"""Values of scheduler.type that name a schedule of transformers, with its function. Not DeepSpeed but pretrain.py builds them
+(`integrations.schedules`)."""
+PHASES = ("warmup_num_steps", "num_warmup_steps", "num_decay_steps")
+"""Keys of scheduler.params that are steps, or for pretrain.py a share (0 < x < 1) of the schedule's."""
 
 
-def _signature(function: type, **types: Any) -> Model:
-    """A model of the parameters of a class that DeepSpeed calls with what stands in the file."""
+def _signature(function: Callable[..., Any], **types: Any) -> Model:
+    """A model of the parameters of a class, or a function, that is called with what stands in the file."""
     try:
-        hints = typing.get_type_hints(function.__init__)  # type: ignore[misc]
+        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)  # type: ignore[misc]
     except NameError:  # names that torch imports for type checkers only
         hints = {}
     fields = {}
@@ -237,8 +252,10 @@ def _signature(function: type, **types: Any) -> Model:
     return model_of({name: kind for name, kind in known.items() if name not in _NOT_FROM_THE_FILE})
 
 
-_NOT_FROM_THE_FILE = {"params", "model_params", "optimizer", "adamw_mode", "max_grad_norm", "args", "kwargs"}
-"""What DeepSpeed passes itself, and what a finding of its own is about."""
+_NOT_FROM_THE_FILE = set(
+    "params model_params optimizer adamw_mode max_grad_norm args kwargs last_epoch num_stable_steps".split()
+)
+"""What a run or DeepSpeed passes itself, and what a finding of its own is about."""
 
 
 def optimizer_class(name: str, params: Mapping[str, Any], offloads: bool) -> type | None:
@@ -286,5 +303,9 @@ def schedule_class(name: str) -> type:
 
 
 def schedule_parameters(name: str) -> Model:
-    """What scheduler.params may hold for a type in SCHEDULES."""
-    return _signature(schedule_class(name))
+    """What scheduler.params may hold for a type in SCHEDULES or TRANSFORMERS_SCHEDULES."""
+    if name not in TRANSFORMERS_SCHEDULES:
+        return _signature(schedule_class(name))
+    function = TRANSFORMERS_SCHEDULES[name]
+    # Its words are others than DeepSpeed's; the function itself checks them.
+    return _signature(function, **({"warmup_type": str} if "warmup_type" in inspect.signature(function).parameters else {}))

@@ -30,6 +30,8 @@ from sctd_ds.config import ConfigError, Method
 from sctd_ds.engine import checkpoint, place, ranks
 from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
+from sctd_ds.eval import EvalError, training
+from sctd_ds.integrations import schedules
 from sctd_ds.run import control, job, lock, models, output, probe, report, samples, stop
 from sctd_ds.run.metrics import Metrics, take_monitor
 from sctd_ds.run.settings import RunConfig, shipped
@@ -125,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     source = arguments.data or options.data
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
     job.check_files(source, run)
+    probes = training.load(options.evaluate) if options.evaluate else {}
     if not arguments.write_control:
         output.check(folder)
     for note in filter(None, (here.note, *run.notes)):
@@ -151,7 +154,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = {**run.flat(), "data.fingerprint": packed.meta.fingerprint}
     if origin:
         allowed = tuple(arguments.allow_change)
-        ranks.on_all(lambda: checkpoint.check(origin, settings, allowed, steps=options.steps, other_layout=not found))
+        ranks.on_all(
+            lambda: checkpoint.check(
+                origin, settings, allowed, steps=options.steps, from_steps=run.from_steps, other_layout=not found
+            )
+        )
     loader, validation_batches = job.make_batches(run, packed, rank)
 
     # Model
@@ -172,8 +179,14 @@ def main(argv: list[str] | None = None) -> int:
     lock.share(folder)
     if options.stages > 1:
         model = Pipeline(model, stages=options.stages, length=options.seq_length)
-    optimizer, groups = models.build_optimizer(run, model), models.parameter_groups(run, model)  # None: DeepSpeed builds it
-    engine, *_ = sctd_ds.initialize(model=model, optimizer=optimizer, model_parameters=groups, config=run.deepspeed)
+    optimizer = models.build_optimizer(run, model)  # None: DeepSpeed builds it
+    engine, *_ = sctd_ds.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=models.parameter_groups(run, model),
+        lr_scheduler=schedules.of(run.transformers_schedule),
+        config=run.deepspeed,
+    )
     torch.manual_seed(options.seed + 1 + rank)  # ranks have the same weights, but each has dropout of its own
     if origin:
         position = checkpoint.load(engine, origin) if found else checkpoint.start(engine, origin)
@@ -200,9 +213,16 @@ def main(argv: list[str] | None = None) -> int:
             saved = checkpoint.save(engine, folder / "checkpoints", settings, loader.position, options.keep_last)
             metrics.saved(saved, time.perf_counter() - start)
 
-        finished = train(
-            engine, loader, run, metrics, launcher, evaluate=lambda: validate(engine, validation_batches()), save=save
-        )
+        def judge(step: int) -> None:
+            values = validate(engine, validation_batches())
+            if rank == 0 and probes:
+                values |= training.score(engine.module, packed.tokenizer, probes, longest=options.seq_length)
+            metrics.validation(step, values)
+            if rank == 0 and options.stages == 1:
+                read = samples.read(engine.module, packed, folder)
+                metrics.show(step, "masked text", [sample.while_training() for sample in read])
+
+        finished = train(engine, loader, run, metrics, launcher, judge, save)
     if not finished:
         logger.info("stopped after step %d, as asked; the same command continues", engine.applied_steps)
         return 143
@@ -218,17 +238,22 @@ def train(
     run: RunConfig,
     metrics: Metrics,
     launcher: stop.Launcher,
-    evaluate: Callable[[], dict[str, float]],
+    judge: Callable[[int], None],
     save: Callable[[], None],
 ) -> bool:
-    """From the engine's step to the last; False if a signal stopped it early. The last step is saved in both cases."""
+    """From the engine's step to the last, or to that of an early end; False if a signal stopped it before. The last step taken
+    is saved in each case.
+
+    judge: validates after a step, and records it.
+    """
     options, kept_share = run.pretrain, report.kept_share(run)
     stop.listen(engine)
     engine.train()
     if options.trained_model and engine.applied_steps == 0:
-        metrics.validation(0, evaluate())
+        judge(0)
+    stalled = has_stalled(metrics, options.early_stopping)
 
-    while engine.applied_steps < options.steps:
+    while engine.applied_steps < options.steps and not stalled:
         # Mode
         mode, rate = engine.step_mode, engine.get_lr()[0]
         engine.stop_requested |= launcher.is_lost()
@@ -262,16 +287,31 @@ def train(
 
         # Validate
         if last or (applied and is_due(step, options.validation_every)):
-            metrics.validation(step, evaluate())
+            judge(step)
+            stalled = has_stalled(metrics, options.early_stopping)
 
         # Save
-        if last or engine.stop_agreed or (applied and is_due(step, options.save_every)):
+        if last or stalled or engine.stop_agreed or (applied and is_due(step, options.save_every)):
             save()
 
         # Stop
-        if engine.stop_agreed and not last:
+        if engine.stop_agreed and not last and not stalled:
             return False
+    if engine.applied_steps < options.steps:
+        logger.info(
+            "early end after step %d: %d validations in a row have not lowered the loss (pretrain.early_stopping)",
+            engine.applied_steps,
+            options.early_stopping,
+        )
     return True
+
+
+def has_stalled(metrics: Metrics, patience: int) -> bool:
+    """Whether so many validations in a row, of this run or of the one that it continues, have not lowered the loss; 0: never.
+
+    Rank 0, which has the records, decides for all. Every rank calls.
+    """
+    return patience > 0 and ranks.on_first(metrics.validations_without_gain) >= patience
 
 
 def is_due(step: int, every: int) -> bool:
@@ -292,7 +332,7 @@ def run_and_report(argv: list[str] | None = None) -> int:
     problem: Exception
     try:
         return main(argv)
-    except (ConfigError, data.DataError, checkpoint.CheckpointError, output.OutputError) as error:
+    except (ConfigError, data.DataError, checkpoint.CheckpointError, output.OutputError, EvalError) as error:
         problem, status = error, 2
     except TrainingError as error:
         problem, status = error, 3

@@ -19,6 +19,9 @@ from sctd_ds.run import settings as settings_module
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
+WSD = 'scheduler={"type": "transformers.warmup_stable_decay", "params": {%s}}'
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_shipped_configurations_load(file, tmp_path, monkeypatch):
     pretrain = json.loads(file.read_text())["pretrain"]
@@ -184,11 +187,18 @@ def test_one_wrong_letter_anywhere_is_an_error_that_names_the_key():
         ("optimizer.params.eps=1e30", "less than or equal to 1"),
         ("optimizer.params.weight_decay=-1", "greater than or equal to 0"),
         ("optimizer.params.fused=2", "optimizer.params.fused=2"),
-        ("optimizer.params.differentiable=true", "optimizer.type=AdamW (RuntimeError"),
+        ("optimizer.params.differentiable=true", "optimizer.type=AdamW cannot be used (RuntimeError"),
         ('optimizer={"type": "LBFGS", "params": {"lr": 1}}', "ZeRO has not been tested"),
         ('optimizer={"type": "Adam", "params": {"amsgrad": true}}', "optimizer.params.amsgrad=True"),
         ("scheduler.params.warmup_type=linaer", "'log' or 'linear'"),
-        ("scheduler.params.warmup_num_steps=0.5", "valid integer"),
+        ("scheduler.params.warmup_num_steps=1.5", "valid integer"),
+        (WSD % '"num_warmup_steps": 4, "num_decay_steps": 11', "num_warmup_steps=4 + num_decay_steps=11 must not exceed"),
+        (WSD % '"num_warmup_steps": 4', "scheduler.params.num_decay_steps is missing"),
+        (WSD % '"num_warmup_steps": 4, "num_decay_stps": 2', 'did you mean "num_decay_steps"'),
+        (WSD % '"num_warmup_steps": 4, "num_decay_steps": 2, "num_stable_steps": 8', "those that are left; remove it"),
+        (WSD % '"num_warmup_steps": 4, "num_decay_steps": 2, "decay_type": "x"', "Unknown decay type: x"),
+        ('scheduler={"type": "transformers.linear", "params": {"num_warmup_steps": 14}}', "be below num_training_steps=14"),
+        ('scheduler={"type": "transformers.warmup_decay_stable"}', 'did you mean "transformers.warmup_stable_decay"'),
         ("scheduler.params={}", "scheduler.params.total_num_steps is missing"),
         ('scheduler={"type": "StepLR", "params": {"step_size": 2}}', "use one of LRRangeTest"),
         # Sizes of the model
@@ -314,7 +324,8 @@ def test_what_may_differ_is_more_from_a_table_to_a_resumed_run_to_a_new_layout()
 def test_a_checkpoint_from_before_a_key_existed_did_what_its_default_does():
     new = {"sctd.dense_start": 0, "sctd.dense_finish": 0.1}
     assert config.differences({}, new) == ["sctd.dense_finish: 0 -> 0.1"]
-    assert all(ScTDConfig().model_dump()[key.removeprefix("sctd.")] == value for key, value in config.NEW_KEYS.items())
+    defaults = {**ScTDConfig().model_dump(), **config.PretrainConfig().model_dump()}
+    assert all(defaults[key.partition(".")[2]] == value for key, value in config.NEW_KEYS.items())
 
 
 def test_the_method_counts_the_steps_of_the_run():

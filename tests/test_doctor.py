@@ -186,6 +186,12 @@ def test_what_is_called_ignored_or_deprecated_is_accepted_by_deepspeed(name):
         ({"optimizer": {"type": "Adam", "params": {"lr": "auto"}}}, "optimizer.params.lr", "Trainer"),
         ({"optimizer": {"type": "AdmaW"}}, "optimizer.type", 'did you mean "AdamW"?'),
         ({"optimizer": {"type": "apex.FusedLAMB"}}, "optimizer.type", "initialize(optimizer=...)"),
+        ({"scheduler": {"type": "transformers.cosine"}}, "scheduler.type", "initialize(lr_scheduler=...)"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0.1}}},
+            "scheduler.params.warmup_num_steps",
+            "a number of steps",
+        ),
         ({"pipeline": {"partition": "uniform"}, "pretrain": {}}, "pipeline", "set pretrain.stages"),
         ({"sctd": {"interval": 0}}, "sctd", "correct the value"),
         ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage", "correct the value"),

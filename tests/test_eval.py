@@ -783,7 +783,7 @@ def test_sentences_of_a_batch_have_one_length(model_folder):
     opened = analysis.open_model(Model("tiny", str(model_folder)))
     sentences = [s for _, s in Language().probe("tense", 150, "train")] + ["the", "the near"]
     seen = []
-    for numbers, ids in analysis.by_length(opened, sentences):
+    for numbers, ids in analysis.by_length(opened.tokenizer, sentences):
         assert len(numbers) == len(ids) <= analysis.ROWS and (ids != opened.tokenizer.pad_token_id).all()
         seen += numbers
     assert sorted(seen) == list(range(len(sentences)))

@@ -49,7 +49,7 @@ def record(folder, monitor=None, *, steps=(1, 2), keep=False, rank=0, **values):
 
 def test_a_line_in_the_table_brings_a_metric_into_every_output(tmp_path, monkeypatch, caplog):
     """metrics.jsonl, monitor, log line, report text and figure."""
-    new = Metric("heat", "device heat", "{:.1f} C", shown="mean", drawn=True)
+    new = Metric("heat", "device heat", "{:.1f} C", shown="mean", drawn="loss")
     monkeypatch.setitem(METRICS, "train", (*METRICS["train"], new))
     monitor, figures = Monitor(), []
     with caplog.at_level("INFO"):
@@ -206,8 +206,8 @@ def test_report_json_keeps_its_keys(tmp_path):
     probe = Probe(step_ms={"dense": 4.0, "drop": 3.0, "align": 5.0}, bubble_share={"dense": 0.1})
     run = job.load(settings())
     written = json.loads(json.dumps(report.build(run, SHAPE, probe, record(tmp_path)).to_json()))
-    wanted = """name method steps loss trained_model validation validated_on validation_before unigram_loss samples
-    flops_saved flops_per_sequence
+    wanted = """name method steps planned_steps loss trained_model validation validated_on validation_before unigram_loss
+    samples flops_saved flops_per_sequence
     kept_token_share mode_shares dense_phases run_step_ms samples_per_s tokens_per_s time_saved
     time_saved_against_huggingface step_ms mfu
     peak_memory_bytes environment ranks stages micro_batches bubble_share global_batch seq_length probe"""

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, Robe
 
 import sctd_ds
 from helpers.bert import small_bert
-from helpers.runs import STEPS, assert_same_end, continue_run, settings, train_whole_run, write_settings
+from helpers.runs import STABLE_DECAY, STEPS, assert_same_end, continue_run, settings, train_whole_run, write_settings
 from helpers.scenarios import run_scenarios, scenario
 from sctd_ds import config, pretrain
 from sctd_ds.engine import checkpoint, pipeline
@@ -38,7 +38,7 @@ def launches(small_data, tmp_path_factory):
     """The scenarios of this file on two ranks and then on four: launches[world][rank] reads what they returned."""
     folder = tmp_path_factory.mktemp("pipeline")
     pretrain = {"stages": STAGES, "probe_steps": 1, "data": str(small_data)}
-    write_settings(folder / "mini.json", zero_optimization={"stage": 1}, pretrain=pretrain)
+    write_settings(folder / "mini.json", zero_optimization={"stage": 1}, scheduler=STABLE_DECAY, pretrain=pretrain)
     return {world: run_scenarios(__name__, folder, ranks=world) for world in (2, 4)}
 
 
@@ -444,7 +444,7 @@ def test_data_parallel_job_starts_from_a_pipelines_checkpoint(whole, small_data,
     checkpoint = whole / "checkpoints" / "step_00000004"
 
     def start(name, *more, **changes):
-        file = write_settings(tmp_path / "mini.json", **changes)
+        file = write_settings(tmp_path / "mini.json", scheduler=STABLE_DECAY, **changes)
         arguments = ["--deepspeed_config", file, "--data", small_data, "--output", tmp_path / name, "--start-from", checkpoint]
         return pretrain.run_and_report([str(a) for a in (*arguments, *more)])
 

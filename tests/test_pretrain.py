@@ -33,6 +33,7 @@ from helpers.launch import launch, launch_command, launch_environment
 from helpers.runs import (
     EPOCH,
     INTERVAL,
+    STABLE_DECAY,
     STEPS,
     assert_same_end,
     continue_run,
@@ -45,6 +46,7 @@ from helpers.scenarios import run_scenarios, scenario
 from sctd_ds import data, pretrain
 from sctd_ds.engine import checkpoint
 from sctd_ds.engine.data_parallel import ScTDEngine
+from sctd_ds.eval.grammar import Language
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.store import Model
 from sctd_ds.integrations.export import read_importance
@@ -55,12 +57,18 @@ RESUMED = (1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * EPOCH)
 """Steps whose checkpoints a run continues from: around an align step, and at the end of an epoch."""
 
 
+EARLY = {"early_stopping": 3, "validation_every": 1}
+TOO_FAST = {"params": {"lr": 0.1, "torch_adam": True}}
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
 def rank(request, small_data, tmp_path_factory):
     """The first rank of a launch of the next four scenarios."""
     folder = tmp_path_factory.mktemp(f"resume{request.param}")
     write_settings(folder / "mini.json", pretrain={"data": str(small_data)})
-    write_settings(folder / "phases.json", pretrain={"data": str(small_data)}, sctd={"dense_start": 3, "dense_finish": 0.2})
+    dense = {"dense_start": 3, "dense_finish": 0.2}
+    write_settings(folder / "phases.json", pretrain={"data": str(small_data)}, sctd=dense, scheduler=STABLE_DECAY)
+    write_settings(folder / "early.json", pretrain={"data": str(small_data), **EARLY}, optimizer=TOO_FAST)
     return run_scenarios(__name__, folder, ranks=request.param)[0]
 
 
@@ -79,7 +87,7 @@ def resumed(here, step):
 
 @scenario
 def whole_with_dense_phases(here):
-    """Steps 1 to 3 and the last 20 %, steps 12 to 14, are dense."""
+    """Steps 1 to 3 and the last 20 %, steps 12 to 14, are dense; the rate falls after step 10."""
     train_whole_run(here.folder / "phases.json", here.folder / "phases")
     return str(here.folder / "phases")
 
@@ -90,6 +98,29 @@ def resumed_with_dense_phases(here, step):
     return str(here.folder / f"phases_from_{step}")
 
 
+@scenario
+def early(here):
+    """A run whose rate is too high, so its loss rises soon."""
+    train_whole_run(here.folder / "early.json", here.folder / "early")
+    return str(here.folder / "early")
+
+
+@scenario(cases=(4,))
+def resumed_early(here, step):
+    continue_run(here.folder / "early.json", here.folder / "early", here.folder / f"early_from_{step}", step)
+    return str(here.folder / f"early_from_{step}")
+
+
+def test_early_stopping_counts_validations_and_resumes_exactly(rank):
+    """The best validation lies before the checkpoint that the run continues from, or its count would not matter."""
+    run = Path(rank(early))
+    losses = [r["loss_full"] for r in metrics.read(run / "metrics.jsonl") if r["event"] == "validation"]
+    assert losses.index(min(losses)) == len(losses) - 1 - EARLY["early_stopping"] < 4 < len(losses) < STEPS
+    assert_same_end(run, Path(rank(resumed_early, 4)))
+    report = json.loads((run / "report.json").read_text())
+    assert report["steps"] == len(losses) and report["planned_steps"] == STEPS and (run / "model").is_dir()
+
+
 @pytest.mark.parametrize("step", [2, 3, 11])
 def test_a_run_with_dense_phases_resumes_exactly(rank, step):
     assert_same_end(Path(rank(whole_with_dense_phases)), Path(rank(resumed_with_dense_phases, step)))
@@ -98,6 +129,8 @@ def test_a_run_with_dense_phases_resumes_exactly(rank, step):
 def test_a_run_with_dense_phases_says_so(rank):
     run = Path(rank(whole_with_dense_phases))
     train = [r for r in metrics.read(run / "metrics.jsonl") if r["event"] == "train"]
+    rates = [0, 0.5, *[1.0] * 9, 0.75, 0.5, 0.25]
+    assert [r["lr"] for r in train] == pytest.approx([2e-3 * x for x in rates])
     dropping = ["align" if t % INTERVAL == 0 else "drop" for t in range(4, 12)]
     assert [r["mode"] for r in train] == ["dense"] * 3 + dropping + ["dense"] * 3
     assert all(r["kept_token_share"] == (1.0 if r["mode"] == "dense" else 0.5) for r in train)
@@ -328,9 +361,64 @@ def test_checkpoint_of_another_configuration_is_refused_with_the_difference(mini
     assert mini("--set", "pretrain.log_every=7", pretrain={**FEW, "steps": 2}) == 0
     assert mini(pretrain=FEW) == 2
     assert "pretrain.steps: 2 -> 4" in capsys.readouterr().err
-    allowed = ("pretrain.steps", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
-    assert mini(*(x for key in allowed for x in ("--allow-change", key)), pretrain=FEW) == 0
+    assert "total_num_steps" not in capsys.readouterr().err  # it follows
+    assert mini("--allow-change", "pretrain.steps", pretrain=FEW) == 0
     assert records(mini.folder / "run")[-2]["step"] == 4
+    assert mini("--set", "scheduler.params.total_num_steps=9", pretrain=FEW) == 2
+    assert "scheduler.params.total_num_steps: 4 -> 9" in capsys.readouterr().err
+
+
+def test_a_branch_decays_from_a_stable_checkpoint(mini):
+    """From that of the last step of a run at a constant rate, which itself can go on."""
+    constant = {"type": "transformers.constant_with_warmup", "params": {"num_warmup_steps": 1}}
+    assert mini(output="trunk", pretrain=FEW, scheduler=constant) == 0
+    decay = {"type": "transformers.warmup_stable_decay", "params": {"num_warmup_steps": 1, "num_decay_steps": 2}}
+    decay["params"]["decay_type"] = "linear"
+    trunk = mini.folder / "trunk" / "checkpoints" / "step_00000004"
+    branch = ["--start-from", str(trunk), "--allow-change", "scheduler", "--allow-change", "pretrain.steps"]
+    assert mini(*branch, output="branch", pretrain={**FEW, "steps": 6}, scheduler=decay) == 0
+    rates = [r["lr"] for r in records(mini.folder / "branch") if r["event"] == "train"]
+    assert rates == [2e-3, 1e-3]
+    # Another peak counts from the first step on.
+    other = ["--set", "optimizer.params.lr=1e-3", "--allow-change", "optimizer.params.lr", "--allow-change", "pretrain.steps"]
+    assert mini(*other, output="trunk", pretrain={**FEW, "steps": 6}, scheduler=constant) == 0
+    assert [r["lr"] for r in records(mini.folder / "trunk") if r["event"] == "train"][-3:] == [2e-3, 1e-3, 1e-3]
+
+
+def test_a_finished_early_run_ends_again_and_goes_on_with_more_patience(mini, caplog, capsys):
+    caplog.set_level("INFO")
+    assert mini(pretrain=EARLY, optimizer=TOO_FAST) == 0
+    run = records(mini.folder / "run")
+    end = run[-1]["step"]
+    assert f"early end after step {end}: 3 validations in a row" in caplog.text
+    assert f"{end} steps of {STEPS} (the validation loss fell no more" in capsys.readouterr().out
+    assert mini(pretrain=EARLY, optimizer=TOO_FAST) == 0 and records(mini.folder / "run") == run
+    assert mini(pretrain={**EARLY, "early_stopping": 4}, optimizer=TOO_FAST) == 0
+    assert records(mini.folder / "run")[-1]["step"] > end
+
+
+def test_what_is_judged_while_a_run_trains_does_not_change_it(mini, capsys, caplog, tmp_path):
+    """Scores of the probes and masked text in a run that validates often, beside one that validates at its end."""
+    caplog.set_level("INFO")
+    labels = {"train": 40, "validation": 20, "test": 20}
+    splits = {"train": "tr", "validation": "va", "test": "te"}
+    lines = [
+        f"{splits[split]}\t{label}\t{sentence}"
+        for split, n in labels.items()
+        for label, sentence in Language().probe("tense", n, split)
+    ]
+    (tmp_path / "past_present.txt").write_text("\n".join(lines) + "\n")
+    assert mini(output="often", pretrain={**FEW, "validation_every": 1, "evaluate": str(tmp_path)}) == 0
+    assert mini(output="once", pretrain=FEW) == 0
+    often, once = (records(mini.folder / name) for name in ("often", "once"))
+    scores = [r.pop("tense") for r in often if r["event"] == "validation"]
+    assert len(scores) == 4 and all(0 <= score <= 100 for score in scores) and not any("number" in r for r in often)
+    assert [r for r in often if r["event"] == "train"] == [r for r in once if r["event"] == "train"]
+    assert often[-1] == once[-1]  # the last validation
+    assert [line.count("[MASK]") > 0 for line in caplog.messages if line.startswith("masked text at step 2: ")] == [True] * 3
+    assert f"probe of tense {scores[-1]:.1f} %" in capsys.readouterr().out
+    assert mini(output="none", pretrain={**FEW, "evaluate": str(tmp_path / "no")}) == 2
+    assert "past_present.txt" in capsys.readouterr().err
 
 
 def test_start_from_needs_a_step_to_be_left_and_forgets_the_folders_past(mini, capsys):
@@ -348,8 +436,7 @@ def test_start_from_needs_a_step_to_be_left_and_forgets_the_folders_past(mini, c
 
 def test_a_finished_run_cannot_be_shortened(mini, capsys):
     assert mini(pretrain=FEW) == 0
-    allowed = ("pretrain.steps", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
-    assert mini(*(x for key in allowed for x in ("--allow-change", key)), pretrain={**FEW, "steps": 2}) == 2
+    assert mini("--allow-change", "pretrain.steps", pretrain={**FEW, "steps": 2}) == 2
     assert "is at step 4, and the run ends at step 2" in capsys.readouterr().err
 
 
@@ -388,9 +475,10 @@ def test_steps_that_overflow_before_the_first_leave_no_checkpoint(mini, monkeypa
     """fp16 on this device: torch has it, DeepSpeed does not offer it here because it is slow."""
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     fp16 = {"enabled": True, "initial_scale_power": 32, "hysteresis": 1}
-    assert mini(fp16=fp16, pretrain={**FEW, "steps": 2}) == 0
+    assert mini(fp16=fp16, pretrain={**FEW, "steps": 2}, scheduler=STABLE_DECAY) == 0
     train = [r for r in records(mini.folder / "run") if r["event"] == "train"]
     assert [r["step"] for r in train] == [1, 2] and train[0]["skipped_steps"] > 0
+    assert [r["lr"] for r in train] == [0, 1e-3]  # of the first applied step, and the second
     names = sorted(p.name for p in (mini.folder / "run" / "checkpoints").glob("step_*"))
     assert names == ["step_00000001", "step_00000002"]
 
@@ -405,8 +493,7 @@ def test_keep_last_and_failed_writes_leave_complete_checkpoints(mini, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write_manifest", full)
-    longer = ("--allow-change", "pretrain.steps", "--allow-change", "scheduler.params.total_num_steps")
-    assert mini(*longer, pretrain={"steps": 6}) == 2
+    assert mini("--allow-change", "pretrain.steps", pretrain={"steps": 6}) == 2
     assert "No space left" in capsys.readouterr().err
     assert sorted(p.name for p in checkpoints.iterdir() if p.is_dir()) == ["step_00000003", "step_00000004"]
     assert all(checkpoint.verify(p) is None for p in checkpoints.glob("step_*"))

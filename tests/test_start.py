@@ -376,3 +376,16 @@ def test_w_and_b_and_tensorboard_are_told_the_settings(monkeypatch):
     assert not engine.monitor.enabled
     assert told["sctd.interval"] == 4 and told["optimizer.params.betas"] == "[0.9, 0.98]"
     assert "| sctd.interval | 4 |" in told["settings"]
+
+
+def test_text_is_shown_in_the_log_and_in_tensorboard(tmp_path, caplog):
+    told: list = []
+    writer = SimpleNamespace(add_text=lambda *values: told.append(values))
+    monitor = SimpleNamespace(enabled=True, tb_monitor=SimpleNamespace(summary_writer=writer))
+    with caplog.at_level("INFO"):
+        for rank, shown in ((1, None), (0, SimpleNamespace(enabled=True, tb_monitor=None)), (0, monitor)):
+            common = {"start": 0, "total": 9, "every": 1, "batch": 8, "keep": False}
+            with metrics.Metrics(tmp_path, **common, monitor=shown, rank=rank) as recorded:
+                recorded.show(3, "masked text", ["a [MASK]", "b [MASK]"])
+    assert caplog.messages == ["masked text at step 3: a [MASK]", "masked text at step 3: b [MASK]"] * 2
+    assert told == [("masked text", "a [MASK]\n\nb [MASK]", 3)]

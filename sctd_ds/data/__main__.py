@@ -27,7 +27,13 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", help="folder or name of an existing tokenizer; without it, WordPiece is trained on the text"
     )
     make.add_argument("--vocab-size", type=int, default=defaults["vocab_size"], help="of a trained tokenizer")
-    make.add_argument("--cased", dest="lowercase", action="store_false", help="a trained tokenizer keeps case and accents")
+    make.add_argument(
+        "--cased",
+        dest="lowercase",
+        action="store_false",
+        default=argparse.SUPPRESS,  # the help would show that of `lowercase`
+        help="a trained tokenizer keeps case and accents",
+    )
     make.add_argument("--seq-length", type=int, default=defaults["seq_length"], help="tokens per row, special ones included")
     make.add_argument(
         "--validation-fraction",

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
-from sctd_ds.config import MAY_DIFFER_ON_RESUME, MAY_DIFFER_ON_START, differences
+from sctd_ds.config import MAY_DIFFER_ON_RESUME, MAY_DIFFER_ON_START, counted, differences
 from sctd_ds.engine import ranks, reader
 from sctd_ds.engine.random_state import file_of
 from sctd_ds.engine.reader import CheckpointError
@@ -114,12 +114,19 @@ def find(folder: Path, resume: str, tidy: bool = True) -> Path | None:
 
 
 def check(
-    checkpoint: Path, settings: Mapping[str, Any], allow_change: tuple[str, ...] = (), *, steps: int, other_layout: bool = False
+    checkpoint: Path,
+    settings: Mapping[str, Any],
+    allow_change: tuple[str, ...] = (),
+    *,
+    steps: int,
+    from_steps: Set[str] = frozenset(),
+    other_layout: bool = False,
 ) -> None:
     """CheckpointError unless a run of `settings` and `steps` can continue from `checkpoint`; it only reads.
 
-    settings: the flat configuration. allow_change: keys that may differ beside those that always may. other_layout: the run
-    is to `start` from it: ranks and stages may differ, at least one step must be left, and the files are verified here.
+    settings: the flat configuration. allow_change: keys that may differ beside those that always may. from_steps: keys whose
+    values follow from pretrain.steps, and change with it. other_layout: the run is to `start` from it: ranks and stages may
+    differ, at least one step must be left, and the files are verified here.
     """
     if other_layout:
         problem = verify(checkpoint)
@@ -128,12 +135,15 @@ def check(
     stored = about(checkpoint)
     if not other_layout and stored["world_size"] != dist.get_world_size():
         raise CheckpointError(
-            f"{checkpoint} was written by {stored['world_size']} ranks, this run has {dist.get_world_size()}: ZeRO keeps one "
+            f"{checkpoint} was written by {counted(stored['world_size'], 'rank', 'ranks')}, this run has "
+            f"{dist.get_world_size()}: ZeRO keeps one "
             "share of the optimizer per rank. Start with the same number of ranks, or use another --output and --start-from"
         )
-    may_differ = MAY_DIFFER_ON_START if other_layout else MAY_DIFFER_ON_RESUME
+    may_differ = (MAY_DIFFER_ON_START if other_layout else MAY_DIFFER_ON_RESUME) | set(allow_change)
+    if stored["settings"].get("pretrain.steps") != steps:
+        may_differ |= from_steps
     as_stored = json.loads(json.dumps(settings))
-    changed = differences(stored["settings"], as_stored, may_differ | set(allow_change))
+    changed = differences(stored["settings"], as_stored, may_differ)
     if changed:
         raise CheckpointError(
             f"{checkpoint} was trained with other settings:\n  "
@@ -158,6 +168,7 @@ def load(engine: Any, checkpoint: Path) -> int:
         raise CheckpointError(f"{checkpoint} cannot be loaded ({error})") from error
     if path is None:
         raise CheckpointError(f"{checkpoint} cannot be loaded: DeepSpeed found no model file in it")
+    _follow(engine.lr_scheduler)
     return client["position"]
 
 
@@ -168,11 +179,22 @@ def start(engine: Any, checkpoint: Path) -> int:
     `check`; dropout draws new random numbers. Returns the loader's position.
     """
     try:
-        return restore(engine, checkpoint)
+        position = restore(engine, checkpoint)
     except CheckpointError:
         raise
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded ({error})") from error
+    _follow(engine.lr_scheduler)
+    return position
+
+
+def _follow(schedule: Any) -> None:
+    """Set the next step's rates as this run's schedule has them; the optimizer that was loaded has those of the run before.
+
+    schedule: of DeepSpeed or `integrations.schedules`; torch's cannot be asked.
+    """
+    if hasattr(schedule, "last_batch_iteration"):
+        schedule.step(schedule.last_batch_iteration)
 
 
 def restore(engine: Any, folder: Path) -> int:

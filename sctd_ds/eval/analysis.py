@@ -153,9 +153,9 @@ def windows(opened: Opened, texts: Sequence[str], length: int, count: int) -> li
     return list(rows.split(ROWS))
 
 
-def by_length(opened: Opened, sentences: Sequence[str], longest: int = 128) -> Iterator[tuple[list[int], Tensor]]:
+def by_length(tokenizer: Any, sentences: Sequence[str], longest: int = 128) -> Iterator[tuple[list[int], Tensor]]:
     """Batches of sentences with equal length, which need no padding: (indices into `sentences`, ids [B, S])."""
-    encoded = opened.tokenizer(list(sentences), truncation=True, max_length=longest)["input_ids"]
+    encoded = tokenizer(list(sentences), truncation=True, max_length=longest)["input_ids"]
     groups: dict[int, list[int]] = {}
     for i, ids in enumerate(encoded):
         groups.setdefault(len(ids), []).append(i)
@@ -172,7 +172,7 @@ def embed(opened: Opened, sentences: Sequence[str]) -> dict[tuple[str, str], np.
     """
     layers = len(opened.state.adapter.layers)
     found: dict[tuple[str, str], np.ndarray] = {}
-    for numbers, ids in by_length(opened, sentences):
+    for numbers, ids in by_length(opened.tokenizer, sentences):
         full, dropped, _ = states(opened, ids.to(opened.device))
         for name, layers_of in (("full", full), ("dropped", dropped)):
             for i, x in enumerate(layers_of):
@@ -194,17 +194,13 @@ def probe(model: Model, examples: Examples, seed: int = 0, max_train: int = 20_0
     under "full_cls", "full_mean", "dropped_cls" and "dropped_mean", the accuracy of a bag of words
     under "bag_of_words", and `Opened.about`.
     """
-    generator = np.random.default_rng(seed)
-    parts = {}
-    for split, rows in examples.items():
-        limit = max_train if split == "train" else max_eval
-        parts[split] = [rows[i] for i in generator.permutation(len(rows))[:limit]]
+    parts = drawn(examples, seed, max_train, max_eval)
     labels = {split: [label for label, _ in rows] for split, rows in parts.items()}
     text = {split: [sentence for _, sentence in rows] for split, rows in parts.items()}
 
     opened = open_model(model)
     if opened.table == "estimated":
-        estimate_importance(opened, [ids for _, ids in by_length(opened, text["train"][:2000])], seed)
+        estimate_importance(opened, [ids for _, ids in by_length(opened.tokenizer, text["train"][:2000])], seed)
     embedded = {split: embed(opened, sentences) for split, sentences in text.items()}
     result: dict[str, Any] = {"about": opened.about()}
     for key in embedded["train"]:
@@ -214,6 +210,16 @@ def probe(model: Model, examples: Examples, seed: int = 0, max_train: int = 20_0
         ]
     result["bag_of_words"] = bag_of_words(parts)
     return result
+
+
+def drawn(examples: Examples, seed: int, max_train: int, max_eval: int) -> Examples:
+    """So many examples of each split at most, in an order drawn from the seed."""
+    generator = np.random.default_rng(seed)
+    parts = {}
+    for split, rows in examples.items():
+        limit = max_train if split == "train" else max_eval
+        parts[split] = [rows[i] for i in generator.permutation(len(rows))[:limit]]
+    return parts
 
 
 def bag_of_words(examples: Examples) -> float:

@@ -64,7 +64,7 @@ def check_optimizer(optimizer_type: str, params: Mapping[str, Any]) -> None:
 
 
 def optimizer(
-    optimizer_type: str, parameters: Iterable[nn.Parameter | dict[str, Any]], params: Mapping[str, Any]
+    optimizer_type: str, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], params: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     """apex's optimizer over `parameters`, to be passed to `initialize` as `optimizer=`.
 

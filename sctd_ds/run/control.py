@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from pathlib import Path
@@ -21,13 +20,12 @@ def equal_compute(run: RunConfig, shape: Shape) -> dict[str, Any]:
     Whatever the run resolved from "auto" stands there as a value, so it is for the same number of ranks.
     """
     steps = round(run.pretrain.steps * (1 - flops_saved(shape, run.sctd)))
-    deepspeed = copy.deepcopy(run.deepspeed)
-    if run.apex_optimizer is not None:
-        deepspeed["optimizer"] = run.apex_optimizer
+    deepspeed = run.whole_deepspeed()
     schedule = deepspeed.get("scheduler", {}).get("params", {})
-    if "total_num_steps" in schedule:
-        schedule["total_num_steps"] = round(schedule["total_num_steps"] * steps / run.pretrain.steps)
-    pretrain = {**run.pretrain.model_dump(exclude_defaults=True), "steps": steps}
+    for key in ("total_num_steps", "num_training_steps"):
+        if key in schedule:
+            schedule[key] = round(schedule[key] * steps / run.pretrain.steps)
+    pretrain = {**run.pretrain.model_dump(exclude_defaults=True, exclude={"early_stopping"}), "steps": steps}
     return {**deepspeed, "sctd": {"method": "dense"}, "pretrain": pretrain}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import transformers
 
 from sctd_ds import data
+from sctd_ds.config import counted
 from sctd_ds.engine import ranks
 from sctd_ds.method.flops import Shape
 from sctd_ds.method.schedule import dense_phases, mean_cost
@@ -146,8 +147,10 @@ def describe(model: transformers.PreTrainedModel, run: RunConfig, packed: data.P
     if options.trained_model:
         size += f" of {options.trained_model}"
     rows = f"{len(packed.train):,} rows of {options.seq_length} tokens to train on, {len(packed.validation):,} to validate"
-    replicas = "ranks" if options.stages == 1 else f"pipelines of {options.stages} stages"
-    step = f"{run.world_size} {replicas} x {run.micro_batch} rows x {run.accumulation} micro-batches"
+    stages = f" of {options.stages} stages"
+    replica = ("rank", "ranks") if options.stages == 1 else (f"pipeline{stages}", f"pipelines{stages}")
+    parts = {replica: run.world_size, ("row", "rows"): run.micro_batch, ("micro-batch", "micro-batches"): run.accumulation}
+    step = " x ".join(counted(number, *noun) for noun, number in parts.items())
     dense = " and ".join(f"{first} to {last}" for first, last in dense_phases(run.sctd))
     phases = f"; steps {dense} are dense" if dense else ""
     return f"{run.name}: {size}, {rows}; a step is {step}{phases}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import statistics
@@ -45,15 +46,15 @@ class Metric:
     monitored: bool = True
     shown: Literal["mean", "last"] | None = None
     """In log lines and in the report's text. A training log line has the mean over its steps, or the last step's value."""
-    drawn: bool = False
-    """Whether the figure's loss panel has a curve of it."""
+    drawn: Literal["loss", "scores"] | None = None
+    """The panel of the figure that has a curve of it."""
     always: bool = False
     """Whether every record of its event has it: a line of metrics.jsonl that lacks it is damaged."""
 
 
 METRICS: dict[Event, tuple[Metric, ...]] = {
     "train": (
-        Metric("loss", "loss", "{:.3f}", shown="mean", drawn=True, always=True),
+        Metric("loss", "loss", "{:.3f}", shown="mean", drawn="loss", always=True),
         Metric("ce_drop", "cross-entropy with dropping", "{:.3f}"),
         Metric("ce_full", "cross-entropy", "{:.3f}"),
         Metric("ce_sentence", "sentence loss", "{:.3f}"),
@@ -68,13 +69,15 @@ METRICS: dict[Event, tuple[Metric, ...]] = {
         Metric("kept_token_share", "kept tokens", "{:.0%}", monitored=False),
     ),
     "validation": (
-        Metric("loss_full", "loss", "{:.4f}", shown="last", drawn=True, always=True),
-        Metric("loss_drop", "loss with dropping", "{:.4f}", shown="last", drawn=True),
+        Metric("loss_full", "loss", "{:.4f}", shown="last", drawn="loss", always=True),
+        Metric("loss_drop", "loss with dropping", "{:.4f}", shown="last", drawn="loss"),
         Metric("gap", "gap", "{:+.4f}", shown="last"),
         Metric("kl_last", "KL at layer l", "{:.2e}", shown="last"),
         Metric("kl_previous", "KL at layer l-1", "{:.2e}"),
         Metric("cosine_last", "cosine at layer l", "{:.4f}", shown="last"),
         Metric("cosine_previous", "cosine at layer l-1", "{:.4f}"),
+        Metric("tense", "probe of tense", "{:.1f} %", shown="last", drawn="scores"),
+        Metric("number", "probe of number", "{:.1f} %", shown="last", drawn="scores"),
     ),
 }
 """Every metric, by event. A value may be None or absent where it does not apply, for example "ce_full" in a drop step."""
@@ -134,7 +137,9 @@ class Metrics:
             return
         with output.errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            self._spikes = Spikes(_forget_after(self.path, start if keep else -1))
+            before = _forget_after(self.path, start if keep else -1)
+            self._spikes = Spikes(before)
+            self._validations: list[float] = [record["loss_full"] for record in of("validation", before)]
             self._file = self.path.open("a", encoding="utf-8")
         self._recent: list[Record] = []
         # A terminal gets a bar; a log file gets lines, because a bar would fill it with control characters.
@@ -178,7 +183,23 @@ class Metrics:
         if not self._active:
             return
         self._flush()
+        self._validations.append(values["loss_full"])
         self._say(f"validation at step {step}: {text('validation', values)}")
+
+    def validations_without_gain(self) -> int:
+        """How many validations there were since that of the lowest loss. On rank 0 only."""
+        losses = [loss if math.isfinite(loss) else math.inf for loss in self._validations]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+    def show(self, step: int, title: str, lines: Sequence[str]) -> None:
+        """Lines for a person to read: in the log, and in TensorBoard as text."""
+        if not self._active:
+            return
+        for line in lines:
+            self._say(f"{title} at step {step}: {line}")
+        if self._monitor is not None and getattr(self._monitor.tb_monitor, "summary_writer", None) is not None:
+            with output.errors("a monitor (tensorboard, wandb, csv_monitor)"):
+                self._monitor.tb_monitor.summary_writer.add_text(title, "\n\n".join(lines), step)
 
     def saved(self, checkpoint: Path, seconds: float) -> None:
         """Say what a save cost, and where it is too slow for the usual way to stop a run."""

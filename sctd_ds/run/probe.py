@@ -172,9 +172,7 @@ def measure(model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Ten
 
 def _measure_data_parallel(model: nn.Module, run: RunConfig, batches: Iterator[Mapping[str, Tensor]], repeats: int) -> Probe:
     """Time micro-batch and update by themselves, of which a step consists."""
-    engine = start_engine(
-        model, _settings(run, accumulation=1), build_optimizer(run, model), parameter_groups(run, model)
-    )
+    engine = start_engine(model, _settings(run, accumulation=1), build_optimizer(run, model), parameter_groups(run, model))
     converted, plain = model.forward, types.MethodType(type(model).forward, model)
 
     def turn(mode: Mode, untouched: bool = False) -> list[Call]:

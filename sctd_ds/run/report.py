@@ -39,6 +39,8 @@ class Report:
     name: str
     method: str
     steps: int
+    planned_steps: int
+    """More than `steps` where the validation loss stopped falling (pretrain.early_stopping)."""
     loss: dict[str, float]
     """The "first" and the "last" step's."""
     trained_model: str | None
@@ -108,6 +110,7 @@ def build(
         name=run.name,
         method=run.sctd.method,
         steps=train[-1]["step"] if train else 0,
+        planned_steps=run.pretrain.steps,
         loss={"first": train[0]["loss"], "last": train[-1]["loss"]} if train else {},
         trained_model=run.pretrain.trained_model,
         validation=validation[-1] if validation else {},
@@ -176,7 +179,10 @@ def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe:
 
 def text(report: Report, folder: Path) -> str:
     """The report for a person."""
-    lines = [f"{report.name}: {report.steps} steps, method {report.method}, on {report.environment['device']}"]
+    steps = f"{report.steps} steps"
+    if report.steps < report.planned_steps:
+        steps += f" of {report.planned_steps} (the validation loss fell no more: pretrain.early_stopping)"
+    lines = [f"{report.name}: {steps}, method {report.method}, on {report.environment['device']}"]
     if report.loss:
         lines.append(
             f"  training         {metrics.text('train', {'loss': report.loss['last']}, {'loss': report.loss['first']})}"
@@ -267,9 +273,14 @@ def plot(report: Report, records: Sequence[Record], path: Path) -> None:
     """Losses, the saving, learning rate, gradient norm and step times by mode, with dense phases shaded."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    panels = figure.subplot_mosaic([["loss", "loss", "saving"], ["rate", "norm", "times"]])
+    rows: list[Any] = [["loss", "loss", "saving"], ["rate", "norm", "times"]]
+    if any(record.get(metric.name) is not None for metric in _drawn("validation", "scores") for record in records):
+        rows.append(["scores"] * 3)
+    figure = Figure(figsize=(13, 3.75 * len(rows)), layout="constrained")
+    panels = figure.subplot_mosaic(rows)
     _plot_losses(panels["loss"], report, records)
+    if "scores" in panels:
+        _plot_scores(panels["scores"], records)
     _plot_saving(panels["saving"], report)
     train = metrics.of("train", records)
     panels["rate"].plot(*_points(train, "lr"))
@@ -277,7 +288,7 @@ def plot(report: Report, records: Sequence[Record], path: Path) -> None:
     panels["norm"].plot(*_points(train, "grad_norm"), lw=0.8)
     panels["norm"].set(title="Gradient norm before clipping", xlabel="step", ylim=(0, _most(_points(train, "grad_norm")[1])))
     _plot_times(panels["times"], report, train)
-    for name in ("loss", "rate", "norm", "times"):
+    for name in panels.keys() - {"saving"}:
         for number, (first, last) in enumerate(report.dense_phases):
             panels[name].axvspan(first - 0.5, last + 0.5, color="0.92", zorder=0, label=None if number else "dense phase")
         if panels[name].get_legend_handles_labels()[0]:
@@ -290,7 +301,7 @@ def _plot_losses(panel: Any, report: Report, records: Sequence[Record]) -> None:
     styles: dict[Event, dict[str, Any]] = {"train": {"lw": 0.6, "alpha": 0.4}, "validation": {"marker": "o", "ms": 3}}
     drawn: list[float] = []
     for event, style in styles.items():
-        for metric in (metric for metric in METRICS[event] if metric.drawn):
+        for metric in _drawn(event, "loss"):
             steps, values = _points(metrics.of(event, records), metric.name)
             if not values:
                 continue
@@ -305,6 +316,16 @@ def _plot_losses(panel: Any, report: Report, records: Sequence[Record]) -> None:
     if drawn:
         panel.set_ylim(min(drawn) - 0.05 * (_most(drawn) - min(drawn)), _most(drawn))
     panel.set(title="Loss", xlabel="step", ylabel="nats per masked token")
+
+
+def _plot_scores(panel: Any, records: Sequence[Record]) -> None:
+    for metric in _drawn("validation", "scores"):
+        panel.plot(*_points(metrics.of("validation", records), metric.name), marker="o", ms=3, label=metric.label)
+    panel.set(title="Scores", xlabel="step", ylabel="%")
+
+
+def _drawn(event: Event, panel: str) -> list[metrics.Metric]:
+    return [metric for metric in METRICS[event] if metric.drawn == panel]
 
 
 def _plot_times(panel: Any, report: Report, train: Sequence[Record]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -35,8 +36,15 @@ class Sample:
     after: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        words = {"text": self.answers, "before": self.before, "after": self.after}
-        return f"{self.text}\n" + "; ".join(f"{name}: {', '.join(of)}" for name, of in words.items() if of)
+        return f"{self.text}\n{_listed({'text': self.answers, 'before': self.before, 'after': self.after})}"
+
+    def while_training(self) -> str:
+        """One line for the log."""
+        return f"{self.text} ({_listed({'text': self.answers, 'model': self.after})})"
+
+
+def _listed(words: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{name}: {', '.join(of)}" for name, of in words.items() if of)
 
 
 def remember(model: nn.Module, packed: PackedData, folder: Path) -> None:
@@ -47,7 +55,7 @@ def remember(model: nn.Module, packed: PackedData, folder: Path) -> None:
 
 
 def read(model: nn.Module, packed: PackedData, folder: Path) -> list[Sample]:
-    """The samples with the words of the trained model, and of the untrained one if it was asked on the same text."""
+    """The samples with the words of the model as it is now, and of the untrained one if it was asked on the same text."""
     file, before = folder / FILE, dict[str, list[str]]()
     if file.exists():
         try:

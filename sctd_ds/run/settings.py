@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sctd_ds.config import (
     ConfigError,
     PretrainConfig,
     ScTDConfig,
+    counted,
     json_block,
     leaves,
     one_line,
@@ -28,8 +30,15 @@ from sctd_ds.config import (
     read_json,
 )
 from sctd_ds.deepspeed_json import check, replicas, zero_stage
-from sctd_ds.deepspeed_schema import ADAM_SWITCHES, optimizer_class, schedule_class
-from sctd_ds.integrations import apex
+from sctd_ds.deepspeed_schema import (
+    ADAM_SWITCHES,
+    PHASES,
+    TRANSFORMERS_SCHEDULES,
+    optimizer_class,
+    schedule_class,
+    schedule_parameters,
+)
+from sctd_ds.integrations import apex, schedules
 from sctd_ds.method.schedule import dropping_phase
 
 
@@ -48,6 +57,10 @@ class RunConfig:
     """Data-parallel ranks; with pipeline stages, replicas of the pipeline."""
     apex_optimizer: Block | None = None
     """The file's "optimizer" block where apex builds the optimizer (`models.build_optimizer`); DeepSpeed does not get it."""
+    transformers_schedule: Block | None = None
+    """The file's "scheduler" block where it names a schedule of transformers (`schedules.of`); DeepSpeed does not get it."""
+    from_steps: frozenset[str] = frozenset()
+    """Dotted keys whose values follow from pretrain.steps, because the file has "auto" or a share there."""
     notes: tuple[str, ...] = ()
     """For the user."""
 
@@ -64,10 +77,13 @@ class RunConfig:
     def flat(self) -> dict[str, Any]:
         """Every setting under its dotted key: what a checkpoint stores and a resumed run is compared with."""
         sctd = self.sctd.model_dump(exclude={"total_steps"})  # it is pretrain.steps
-        blocks = {**self.deepspeed, "sctd": sctd, "pretrain": self.pretrain.model_dump()}
-        if self.apex_optimizer is not None:
-            blocks["optimizer"] = self.apex_optimizer
+        blocks = {**self.whole_deepspeed(), "sctd": sctd, "pretrain": self.pretrain.model_dump()}
         return {".".join(path): value for path, value in leaves(blocks)}
+
+    def whole_deepspeed(self) -> Block:
+        """A copy of DeepSpeed's part of the file, resolved, with the blocks that DeepSpeed does not get."""
+        taken = {"optimizer": self.apex_optimizer, "scheduler": self.transformers_schedule}
+        return copy.deepcopy({**self.deepspeed, **{key: block for key, block in taken.items() if block is not None}})
 
 
 def shipped() -> dict[str, Path]:
@@ -118,22 +134,49 @@ def load(
     sctd = _count_phases(ScTDConfig(**json_block(raw, "sctd")), pretrain.steps)
     if method not in (None, sctd.method):
         raise ConfigError(f'--method {method}, but --set makes sctd.method "{sctd.method}": use one of them')
+    _check_together(pretrain, sctd)
+
+    # Fill in what follows from other keys, and from the machine
+    pipelines = replicas(world_size, pretrain.stages)
+    micro, accumulation = _resolve_batch(deepspeed, pipelines)
+    from_steps = _resolve_schedule(deepspeed, pretrain)
+    # The run records its own throughput; DeepSpeed's timer would stop the host twice per micro-batch.
+    deepspeed.setdefault("timers", {"throughput": {"enabled": False}})
+    optimizer = _take_apex_optimizer(deepspeed)
+    schedule_ends = {"total_num_steps", "num_training_steps"} & deepspeed.get("scheduler", {}).get("params", {}).keys()
+    schedule = _take_transformers_schedule(deepspeed)
+    notes = _resolve_precision(deepspeed) + _warnings(deepspeed, optimizer)
+    if pretrain.early_stopping and schedule_ends:
+        notes += (
+            "pretrain.early_stopping with a learning rate that decays: a run that stops early has missed the end of the decay, "
+            "which lowers the loss most. A constant rate and a decay from its last checkpoint go together better "
+            "(docs/configuration.md).",
+        )
+    _rehearse(deepspeed, schedule)
+    return RunConfig(name, deepspeed, sctd, pretrain, micro, accumulation, pipelines, optimizer, schedule, from_steps, notes)
+
+
+def _check_together(pretrain: PretrainConfig, sctd: ScTDConfig) -> None:
+    """ConfigError for keys of which each is fine, but not beside the other."""
+    if pretrain.evaluate and pretrain.stages > 1:
+        raise ConfigError(
+            f"pretrain.evaluate needs the whole model, and with pretrain.stages={pretrain.stages} no rank has it: remove the "
+            "key, and evaluate the exported model (python -m sctd_ds.eval)"
+        )
+    if pretrain.early_stopping and not pretrain.validation_every:
+        raise ConfigError(
+            f"pretrain.early_stopping={pretrain.early_stopping} counts validations, but pretrain.validation_every is 0: set it"
+        )
+    if pretrain.early_stopping and sctd.dense_finish:
+        raise ConfigError(
+            "pretrain.early_stopping with sctd.dense_finish: a run that stops early never comes to its dense steps at the end; "
+            "remove one of them"
+        )
     if pretrain.tokenizer and pretrain.trained_model:
         raise ConfigError(
             f'pretrain.tokenizer="{pretrain.tokenizer}", but the trained model {pretrain.trained_model} brings its own: '
             "remove the key (into a model folder without one, save the tokenizer)"
         )
-
-    # Fill in what follows from other keys, and from the machine
-    pipelines = replicas(world_size, pretrain.stages)
-    micro, accumulation = _resolve_batch(deepspeed, pipelines)
-    _resolve_schedule(deepspeed, pretrain)
-    # The run records its own throughput; DeepSpeed's timer would stop the host twice per micro-batch.
-    deepspeed.setdefault("timers", {"throughput": {"enabled": False}})
-    optimizer = _take_apex_optimizer(deepspeed)
-    notes = _resolve_precision(deepspeed) + _warnings(deepspeed, optimizer)
-    _rehearse(deepspeed)
-    return RunConfig(name, deepspeed, sctd, pretrain, micro, accumulation, pipelines, optimizer, notes)
 
 
 def _count_phases(sctd: ScTDConfig, steps: int) -> ScTDConfig:
@@ -185,25 +228,44 @@ def _resolve_batch(config: Block, world_size: int) -> tuple[int, int]:
     if micro * steps * world_size != total:
         raise ConfigError(
             f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x gradient_accumulation_steps={steps} "
-            f"x {world_size} ranks: choose a micro batch and a number of ranks whose product divides {total}"
+            f"x {counted(world_size, 'rank', 'ranks')}: choose a micro batch and a number of ranks whose "
+            f"product divides {total}"
         )
     config.update(zip(keys, (total, micro, steps), strict=True))
     return micro, steps
 
 
-def _resolve_schedule(config: Block, pretrain: PretrainConfig) -> None:
-    """Fill in the schedule's length and peak."""
-    params = config.get("scheduler", {}).get("params", {})
-    if params.get("total_num_steps") == "auto":
-        params["total_num_steps"] = pretrain.steps
+def _resolve_schedule(config: Block, pretrain: PretrainConfig) -> frozenset[str]:
+    """Fill in the schedule's length, its peak, and steps that are a share of its length.
+
+    Returns the dotted keys whose values follow from pretrain.steps.
+    """
+    block = config.get("scheduler", {})
+    params = block.get("params", {})
+    length = "total_num_steps"
+    if block.get("type") in TRANSFORMERS_SCHEDULES:
+        length = "num_training_steps"
+        if length in schedule_parameters(block["type"]).model_fields:
+            params.setdefault(length, "auto")
+    # Steps
+    from_run = params.get(length, "auto") == "auto"
+    total = pretrain.steps if from_run else params[length]
+    resolved = {key: max(1, round(x * total)) for key, x in params.items() if key in PHASES and 0 < x < 1}
+    if length in params:
+        resolved[length] = total
+    params.update(resolved)
+    phases = {key: params[key] for key in PHASES if key in params}
+    decays = "num_decay_steps" in phases
+    if length in params and sum(phases.values()) >= total + decays:
+        sizes = " + ".join(f"{key}={value}" for key, value in phases.items())
+        raise ConfigError(f"scheduler.params.{sizes} must {'not exceed' if decays else 'be below'} {length}={total}")
+    # Peak
     if params.get("warmup_max_lr") == "auto":
         rate = config.get("optimizer", {}).get("params", {}).get("lr")
         if rate is None:
             raise ConfigError('scheduler.params.warmup_max_lr is "auto", but optimizer.params.lr is not set')
         params["warmup_max_lr"] = rate
-    warmup, total = params.get("warmup_num_steps"), params.get("total_num_steps")
-    if isinstance(warmup, int) and isinstance(total, int) and warmup >= total:
-        raise ConfigError(f"scheduler.params.warmup_num_steps={warmup} must be below total_num_steps={total}")
+    return frozenset(f"scheduler.params.{key}" for key in resolved if from_run)
 
 
 def _resolve_precision(config: Block) -> tuple[str, ...]:
@@ -227,6 +289,11 @@ def _take_apex_optimizer(config: Block) -> Block | None:
     return block
 
 
+def _take_transformers_schedule(config: Block) -> Block | None:
+    """Take a schedule of transformers out of DeepSpeed's configuration; None where DeepSpeed builds it."""
+    return config.pop("scheduler") if config.get("scheduler", {}).get("type") in TRANSFORMERS_SCHEDULES else None
+
+
 def _warnings(config: Block, optimizer: Block | None) -> tuple[str, ...]:
     """What works, but not as its name promises."""
     stage = zero_stage(config)
@@ -238,16 +305,16 @@ def _warnings(config: Block, optimizer: Block | None) -> tuple[str, ...]:
     )
 
 
-def _rehearse(config: Block) -> None:
+def _rehearse(config: Block, of_transformers: Block | None) -> None:
     """DeepSpeed reads the configuration, and the optimizer and the schedule take some steps with one parameter.
 
-    What is refused in the engine otherwise, when data and model are ready, or in the middle of training, raises ConfigError
-    here.
+    of_transformers: the "scheduler" block where DeepSpeed does not get it. What is refused in the engine otherwise, when data
+    and model are ready, or in the middle of training, raises ConfigError here.
     """
     sizes = {"train_batch_size"}  # it follows from the others and the number of ranks that DeepSpeed finds
     with _blaming("the configuration"):
         DeepSpeedConfig(copy.deepcopy({key: value for key, value in config.items() if key not in sizes}))
-    block, schedule = config.get("optimizer", {}), config.get("scheduler", {})
+    block, schedule = config.get("optimizer", {}), of_transformers or config.get("scheduler", {})
     params = {key: value for key, value in block.get("params", {}).items() if key not in ADAM_SWITCHES}
     built = optimizer_class(block.get("type", "AdamW"), block.get("params", {}), offloads=False)
     if built is None or not issubclass(built, torch.optim.Optimizer) or not built.__module__.startswith("torch.optim"):
@@ -260,7 +327,8 @@ def _rehearse(config: Block) -> None:
     if "type" not in schedule:
         return
     with _blaming(f"scheduler.type={schedule['type']}"):
-        scheduler = schedule_class(schedule["type"])(optimizer, **schedule.get("params", {}))
+        build = schedules.of(of_transformers) or partial(schedule_class(schedule["type"]), **schedule.get("params", {}))
+        scheduler = build(optimizer)
         for _ in range(3):
             optimizer.step()
             scheduler.step()
@@ -273,4 +341,4 @@ def _blaming(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # assertions, type and attribute errors: they have no type of their own for bad values
-        raise ConfigError(f"DeepSpeed cannot use {what} ({one_line(error)})") from None
+        raise ConfigError(f"{what} cannot be used ({one_line(error)})") from None

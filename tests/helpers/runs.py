@@ -17,8 +17,16 @@ STEPS, INTERVAL, EPOCH = 14, 4, 5
 """Steps of a run, steps from one align step to the next, and steps of an epoch of the fixture `small_data`."""
 
 
+STABLE_DECAY = {
+    "type": "transformers.warmup_stable_decay",
+    "params": {"num_warmup_steps": 2, "num_decay_steps": 0.3, "decay_type": "linear"},
+}
+"""A "scheduler" block."""
+
+
 def settings(**changes: object) -> dict:
-    """A small run's configuration: 4 layers, 8 rows of 32 tokens a step. A changed block keeps its other keys."""
+    """A small run's configuration: 4 layers, 8 rows of 32 tokens a step. A changed block keeps its other keys, but
+    "scheduler" is replaced."""
     schedule = {"warmup_max_lr": "auto", "warmup_num_steps": 1, "warmup_type": "linear", "total_num_steps": "auto"}
     blocks = {
         "train_batch_size": 8,
@@ -42,7 +50,8 @@ def settings(**changes: object) -> dict:
         },
     }
     for key, value in changes.items():
-        blocks[key] = {**blocks[key], **value} if isinstance(blocks.get(key), dict) else value
+        merges = isinstance(blocks.get(key), dict) and key != "scheduler"
+        blocks[key] = {**blocks[key], **value} if merges else value
     return blocks
 
 
