@@ -21,6 +21,7 @@ from typing import Any
 from sctd_ds.config import ConfigError
 from sctd_ds.run import metrics
 from sctd_ds.run.output import OutputError
+from sctd_ds.run.validation import COMMON_RATE
 
 EQUAL = 0.02
 """Operations that differ by no more than this share count as equal."""
@@ -36,9 +37,14 @@ class Finished:
     curve: list[metrics.Point]
 
     @property
-    def loss(self) -> float:
-        """Validation loss with all tokens at the end, in nats per masked token."""
-        return self.report["validation"]["loss_full"]
+    def loss(self) -> Any:
+        """`common_loss` at the end."""
+        return common_loss(self.report["validation"])
+
+
+def common_loss(validation: metrics.Record) -> Any:
+    """Validation loss with all tokens, in nats per masked token: at 15 % masks, whatever share the run trained with."""
+    return validation.get("loss_15", validation["loss_full"])
 
 
 def read(folder: Path) -> Finished:
@@ -50,6 +56,8 @@ def read(folder: Path) -> Finished:
         raise ConfigError(f"{file}: cannot be read ({error}); give the folder of a finished run") from None
     if not report.get("validation") or not report.get("validated_on"):
         raise ConfigError(f"{file} does not say what the run was validated on: it is of an earlier version, or not validated")
+    if "loss_15" in report["validation"]:
+        report["validated_on"]["mlm_probability"] = COMMON_RATE
     records = metrics.read(folder / "metrics.jsonl")
     steps = [record["step"] for record in metrics.of("train", records)]
     if steps != list(range(steps[0] if steps else 1, report["steps"] + 1)):
@@ -117,7 +125,7 @@ def plot(runs: Sequence[Finished], path: Path) -> None:
     by_operations, by_hours = figure.subplots(1, 2, sharey=True)
     unit, size = unit_for(runs)
     for run in runs:
-        losses = [point.record["loss_full"] for point in run.curve]
+        losses = [common_loss(point.record) for point in run.curve]
         by_operations.plot([point.operations / size for point in run.curve], losses, marker="o", ms=3, label=run.name)
         by_hours.plot([point.seconds / 3600 for point in run.curve], losses, marker="o", ms=3, label=run.name)
     by_operations.set(xlabel=f"operations, {unit}", ylabel="validation loss, nats per masked token")

@@ -197,6 +197,9 @@ NEW_KEYS = {
 }
 """Keys that checkpoints of earlier versions lack, and what runs did then."""
 
+FIXED_KEYS = frozenset({"pretrain.decay_all"})
+"""Keys that --allow-change does not free: a checkpoint's optimizer has the groups of parameters that they decide."""
+
 
 _RECORDING = frozenset(
     """
@@ -244,7 +247,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_differ: Iter
         if removed is None:
             before, now = old.get(key, NEW_KEYS.get(key, "unset")), new.get(key, "unset")
             if before != now:
-                lines.append(f"{key}: {before} -> {now}")
+                fixed = " (with which its optimizer cannot go on; no --allow-change helps)" if key in FIXED_KEYS else ""
+                lines.append(f"{key}: {before} -> {now}{fixed}")
         elif removed.always not in (None, old.get(key, removed.always)):
             lines.append(f"{key}: {old[key]} -> removed, now always {removed.always} ({removed.why})")
     return lines

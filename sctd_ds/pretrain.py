@@ -32,10 +32,9 @@ from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
 from sctd_ds.eval import EvalError, training
 from sctd_ds.integrations import schedules
-from sctd_ds.run import control, job, lock, models, output, probe, report, samples, stop
+from sctd_ds.run import control, job, lock, models, output, probe, report, samples, stop, validation
 from sctd_ds.run.metrics import Metrics, take_monitor
 from sctd_ds.run.settings import RunConfig, shipped
-from sctd_ds.run.validation import validate
 
 logger = logging.getLogger("pretrain")
 
@@ -215,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
             metrics.saved(saved, time.perf_counter() - start)
 
         def judge(step: int) -> None:
-            values = validate(engine, validation_batches())
+            values = validation.judge(engine, validation_batches, options.mlm_probability)
             if rank == 0 and probes:
                 values |= training.score(engine.module, packed.tokenizer, probes, longest=options.seq_length)
             metrics.validation(step, values)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
-from sctd_ds.config import MAY_DIFFER_ON_RESUME, MAY_DIFFER_ON_START, counted, differences
+from sctd_ds.config import FIXED_KEYS, MAY_DIFFER_ON_RESUME, MAY_DIFFER_ON_START, counted, differences
 from sctd_ds.engine import ranks, reader
 from sctd_ds.engine.random_state import file_of
 from sctd_ds.engine.reader import CheckpointError
@@ -139,7 +139,7 @@ def check(
             f"{dist.get_world_size()}: ZeRO keeps one "
             "share of the optimizer per rank. Start with the same number of ranks, or use another --output and --start-from"
         )
-    may_differ = (MAY_DIFFER_ON_START if other_layout else MAY_DIFFER_ON_RESUME) | set(allow_change)
+    may_differ = (MAY_DIFFER_ON_START if other_layout else MAY_DIFFER_ON_RESUME) | (set(allow_change) - FIXED_KEYS)
     if stored["settings"].get("pretrain.steps") != steps:
         may_differ |= from_steps
     as_stored = json.loads(json.dumps(settings))

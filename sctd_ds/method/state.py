@@ -55,9 +55,11 @@ class ScTD:
         return self.importance.select(batch.input_ids, keep, batch.attention_mask)
 
     def locate(self, batch: Batch) -> Labelled:
-        """Find the labelled tokens, and with them the positions at which the last layer has to run."""
+        """Find the labelled tokens, and with them the positions at which the last layer has to run. Evaluation may mask more
+        tokens than training, so it counts them."""
         config, adapter = self.config, self.adapter
-        labelled = locate_labels(batch.labels, adapter.ignore_index, config.labels_per_row, adapter.vocabulary)
+        bound = config.labels_per_row if adapter.layers[-1].training else None
+        labelled = locate_labels(batch.labels, adapter.ignore_index, bound, adapter.vocabulary)
         return labelled if config.last_layer == "all" or adapter.black_box else labelled.narrowed()
 
 

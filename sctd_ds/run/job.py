@@ -106,15 +106,15 @@ def _refuse_other(packed: data.PackedData, fingerprint: str) -> None:
 
 def make_batches(
     run: RunConfig, packed: data.PackedData, rank: int
-) -> tuple[data.Loader, Callable[[], Iterator[data.MicroBatch]]]:
-    """This rank's training batches, and a function that gives its validation batches, the same ones each time."""
+) -> tuple[data.Loader, Callable[[float], Iterator[data.MicroBatch]]]:
+    """This rank's training batches, and a function that gives its validation batches at a mask rate, the same each time."""
     options = run.pretrain
-    masker = data.Masker(packed.tokenizer, options.seed, options.mlm_probability)
+    masker = partial(data.Masker, packed.tokenizer, options.seed)
     # DeepSpeed numbers ranks stage by stage; all stages of a pipeline read the same rows.
     replica, world = rank % run.world_size, run.world_size
     loader = data.Loader(
         packed.train,
-        masker,
+        masker(options.mlm_probability),
         micro_batch=run.micro_batch,
         accumulation=run.accumulation,
         rank=replica,
@@ -122,15 +122,13 @@ def make_batches(
         seed=options.seed,
         num_workers=options.num_workers,
     )
-    validation = partial(
-        data.validation_batches,
-        packed.validation,
-        masker,
-        batch_size=run.micro_batch,
-        rank=replica,
-        world=world,
-        max_batches=math.ceil(options.validation_rows / run.micro_batch),
-    )
+    max_batches = math.ceil(options.validation_rows / run.micro_batch)
+
+    def validation(rate: float) -> Iterator[data.MicroBatch]:
+        return data.validation_batches(
+            packed.validation, masker(rate), batch_size=run.micro_batch, rank=replica, world=world, max_batches=max_batches
+        )
+
     return loader, validation
 
 

@@ -70,6 +70,7 @@ METRICS: dict[Event, tuple[Metric, ...]] = {
     ),
     "validation": (
         Metric("loss_full", "loss", "{:.4f}", shown="last", drawn="loss", always=True),
+        Metric("loss_15", "loss at 15 % masks", "{:.4f}", shown="last", drawn="loss"),
         Metric("loss_drop", "loss with dropping", "{:.4f}", shown="last", drawn="loss"),
         Metric("gap", "gap", "{:+.4f}", shown="last"),
         Metric("kl_last", "KL at layer l", "{:.2e}", shown="last"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import sctd_kernels
@@ -16,6 +16,21 @@ from sctd_ds.method.convert import state_of
 from sctd_ds.method.objective import token_losses
 from sctd_ds.method.passes import Streams
 from sctd_ds.method.state import ScTD
+
+COMMON_RATE = 0.15
+"""The mask rate, BERT's, at which every run is judged: a token is harder to predict where more of its row is masked, so losses
+at different rates do not compare."""
+
+
+def judge(engine: Any, batches: Callable[[float], Iterable[Mapping[str, Tensor]]], rate: float) -> dict[str, float]:
+    """`validate` at the run's own mask rate, and where that is another one than COMMON_RATE, "loss_15": "loss_full" at that.
+
+    batches: by mask rate, see `validate`.
+    """
+    values = validate(engine, batches(rate))
+    if rate != COMMON_RATE:
+        values["loss_15"] = validate(engine, batches(COMMON_RATE))["loss_full"]
+    return values
 
 
 @torch.no_grad()
