@@ -89,7 +89,8 @@ def open_model(model: Model) -> Opened:
 def states(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Selection]:
     """States after every layer of the full pass, [B, S, d] each, and of the dropped pass, [B, S or K, d], and the selection.
 
-    ids: [B, S], rows without padding, so that every row drops the configured share.
+    Those of a pre-LN encoder are normalised as the last layer's are for the head. ids: [B, S], rows without padding, so that
+    every row drops the configured share.
     """
     state = opened.state
     batch = state.adapter.batch((), {"input_ids": ids, "labels": torch.full_like(ids, state.adapter.ignore_index)})
@@ -103,7 +104,9 @@ def states(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Sel
         dropped.append(streams.tokens if streams.kept is None else streams.kept)
     streams = passes.advance(state, state.plan.last, streams)
     assert streams.full_pass is not None and streams.dropped_pass is not None and streams.selection is not None
-    return [*full, streams.full_pass.last], [*dropped, streams.dropped_pass.last], streams.selection
+    both = [*full, streams.full_pass.last], [*dropped, streams.dropped_pass.last]
+    full, dropped = ([state.adapter.final_norm(x) for x in layers] for layers in both)
+    return full, dropped, streams.selection
 
 
 @torch.no_grad()
