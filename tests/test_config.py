@@ -321,11 +321,11 @@ def test_what_may_differ_is_more_from_a_table_to_a_resumed_run_to_a_new_layout()
     assert own <= fields and others <= deepspeed_json.DEEPSPEED_KEYS
 
 
-def test_a_checkpoint_from_before_a_key_existed_did_what_its_default_does():
+def test_a_checkpoint_from_before_a_key_existed_did_what_its_default_does_or_cannot_change():
     new = {"sctd.dense_start": 0, "sctd.dense_finish": 0.1}
     assert config.differences({}, new) == ["sctd.dense_finish: 0 -> 0.1"]
     defaults = {**ScTDConfig().model_dump(), **config.PretrainConfig().model_dump()}
-    assert all(defaults[key.partition(".")[2]] == value for key, value in config.NEW_KEYS.items())
+    assert {key for key, value in config.NEW_KEYS.items() if defaults[key.partition(".")[2]] != value} == config.FIXED_KEYS
 
 
 def test_the_method_counts_the_steps_of_the_run():

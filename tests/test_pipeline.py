@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import sctd_ds
-from helpers.bert import small_bert
+from helpers.bert import small_bert, small_modernbert
 from helpers.runs import STABLE_DECAY, STEPS, assert_same_end, continue_run, settings, train_whole_run, write_settings
 from helpers.scenarios import run_scenarios, scenario
 from sctd_ds import config, pretrain
@@ -52,10 +52,10 @@ def rank(request, launches):
     return launches[world][index]
 
 
-def make_model(**method):
+def make_model(build=small_bert, **method):
     sizes = {"hidden_size": 16, "num_hidden_layers": LAYERS, "intermediate_size": 32}
     limits = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH}
-    return sctd_ds.convert(small_bert(**sizes, **limits, initializer_range=0.15), sctd_ds.ScTDConfig(**{**METHOD, **method}))
+    return sctd_ds.convert(build(**sizes, **limits, initializer_range=0.15), sctd_ds.ScTDConfig(**{**METHOD, **method}))
 
 
 def initialize(model, optimizer, accumulation, **more):
@@ -176,6 +176,7 @@ ON_TWO = {  # replicas bring nothing new to these
     "two_prefixes": {"boundary": 2, "shared_prefix": False},
     "recomputed": {"boundary": 5, "recompute_align": True},
     "dense": {"boundary": 4, "method": "dense"},
+    "modernbert": {"boundary": 4, "build": small_modernbert},
 }
 
 

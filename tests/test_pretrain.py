@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertForMaskedLM,
@@ -59,6 +60,9 @@ RESUMED = (1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * EPOCH)
 
 EARLY = {"early_stopping": 3, "validation_every": 1}
 TOO_FAST = {"params": {"lr": 0.1, "torch_adam": True}}
+
+
+MODERN = {**settings()["pretrain"]["model"], "model_type": "modernbert", "local_attention": 8}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
@@ -598,16 +602,31 @@ def test_the_first_validation_of_a_trained_model_is_its_last_one(mini, trained):
     assert began["step"] == 0 and [began[key] for key in same] == pytest.approx([ended[key] for key in same], abs=1e-6)
 
 
-def test_continuing_from_roberta(mini, small_data):
+@pytest.mark.parametrize("architecture", ["roberta", "modernbert"])
+def test_continuing_from_another_architecture(mini, small_data, architecture):
+    """Its exported weights are those of the run, and a further run begins where it ended."""
     tokenizer = data.load(small_data).tokenizer
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
-    pad = tokenizer.pad_token_id
-    config = RobertaConfig(**sizes, vocab_size=len(tokenizer), pad_token_id=pad, max_position_embeddings=32 + pad + 1)
-    roberta = RobertaForMaskedLM(config)
-    for part in (roberta, tokenizer):
-        part.save_pretrained(mini.folder / "roberta")
-    assert mini("--set", f"pretrain.model={mini.folder / 'roberta'}", pretrain=FEW) == 0
-    assert type(AutoModelForMaskedLM.from_pretrained(mini.folder / "run" / "model")) is RobertaForMaskedLM
+    sizes = {**settings()["pretrain"]["model"], "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if architecture == "roberta":
+        sizes["max_position_embeddings"] = 32 + tokenizer.pad_token_id + 1
+    else:
+        sizes |= {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3, "local_attention": 8}
+    plain = AutoModelForMaskedLM.from_config(AutoConfig.for_model(architecture, **sizes))
+    for part in (plain, tokenizer):
+        part.save_pretrained(mini.folder / "plain")
+    assert mini("--set", f"pretrain.model={mini.folder / 'plain'}", pretrain=FEW) == 0
+    model = AutoModelForMaskedLM.from_pretrained(mini.folder / "run" / "model")
+    assert type(model) is type(plain)
+
+    weights, _ = checkpoint.read_model(mini.folder / "run" / "checkpoints" / "step_00000004")
+    plain.load_state_dict(weights)
+    ids = torch.arange(5, 37)[None]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
+    assert mini("--set", f"pretrain.model={mini.folder / 'run' / 'model'}", output="further", pretrain=FEW) == 0
+    ended = [r for r in metrics.read(mini.folder / "run" / "metrics.jsonl") if r["event"] == "validation"][-1]
+    began = metrics.read(mini.folder / "further" / "metrics.jsonl")[0]
+    assert began["loss_drop"] == pytest.approx(ended["loss_drop"], abs=1e-6)  # the table is the same, too
 
 
 def _changed_config(folder: Path, **changes: object) -> None:

@@ -265,7 +265,7 @@ def test_a_model_folder_without_weights_is_refused_first(refused, small_data):
 
 
 def test_shipped_configurations_have_names_and_a_file_of_the_same_name_wins(tmp_path, monkeypatch):
-    assert set(settings.shipped()) == {"tiny", "base", "base_fast", "base_pipeline", "large", "adapt"}
+    assert set(settings.shipped()) == {"tiny", "base", "base_fast", "base_pipeline", "large", "adapt", "modern"}
     monkeypatch.chdir(tmp_path)
     assert job.load("tiny").name == "tiny" and job.load("tiny").sctd.interval == 10
     write_settings(tmp_path / "tiny")
