@@ -163,11 +163,11 @@ def test_every_run_is_judged_at_15_percent_masks(small_data, rate):
 # The engine
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_rotary_frequencies_stay_as_they_are_in_a_model_of_16_bits(stage):
+def test_rotary_frequencies_stay_as_they_are_in_a_model_of_16_bits():
+    """Rounded to bf16, positions of some hundred tokens would be off by a radian, and the exported model's would not."""
     model = small_modernbert()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    config = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    config = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
     config["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}
     engine, *_ = sctd_ds.initialize(
         model=model, model_parameters=model.parameters(), config=config, sctd_config={"keep_token_ids": [0]}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 
@@ -73,9 +72,6 @@ class Adapter(ABC):
 
         places, if `positional`: positions of the queries [B, Q] and of the context [B, C]; None means 0, 1, 2 ...
         """
-
-    def restore(self, device: torch.device) -> None:  # noqa: B027 (most families have nothing to restore)
-        """Undo what casting the model to 16 bits did to values that are no parameters and need more. The engine calls it."""
 
     def final_norm(self, states: Tensor) -> Tensor:
         """A pre-LN encoder's final norm, [..., d] -> [..., d]. The heads and the KL read its output."""

@@ -261,13 +261,6 @@ class ModernBertAdapter(HuggingFaceAdapter):
         )
         self.ignore_index = model.config.sparse_pred_ignore_index if model.config.sparse_prediction else -100
 
-    def restore(self, device: torch.device) -> None:
-        """Rotary frequencies are buffers, so an engine casts them with the model. In bf16 positions of some hundred tokens are
-        off by a radian, and the exported model would turn by other angles than those that it was trained with."""
-        rotary: Any = self._model.model.rotary_emb
-        for name, buffer in type(rotary)(self._model.config).named_buffers():
-            setattr(rotary, name, buffer.to(device))
-
     def embed(self, batch: Batch) -> Tensor:
         return self._model.model.embeddings(input_ids=batch.input_ids)
 

@@ -241,6 +241,9 @@ class ScTDPipelineEngine(StepLogic, PipelineEngine):
     def _attach(self) -> None:
         super()._attach()
         self.sctd.importance.to(self.device)
+        for part in self.module.plain_model.modules():
+            if next(part.parameters(), None) is None:  # a rotary embedding, which all layers read, belongs to no stage
+                part.to(self.device)
         self.time_work = False
         """Whether to measure `work_seconds`, which waits for the device after each forward and backward pass."""
         self.work_seconds = 0.0

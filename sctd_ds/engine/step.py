@@ -45,7 +45,6 @@ class StepLogic(DeepSpeedEngine):
 
     def _attach(self) -> None:
         self.sctd: ScTD = state_of(self.module)
-        self.sctd.adapter.restore(self.device)
         dropping_phase(self.sctd.config)  # refuses dense phases that cannot be counted, before the first step
         self.stop_requested = False
         """Set on any rank, at any time: after the next step `stop_agreed` is true on all ranks."""
