@@ -15,6 +15,7 @@ import sctd_ds
 from sctd_ds import ConfigError, ScTDConfig
 from sctd_ds.adapters import huggingface
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
+from sctd_ds.run import job, models
 
 LARGE, BASE = Shape(24, 1024, 4096, 30522, 512, 77), Shape(12, 768, 3072, 30522, 512, 77)
 
@@ -69,6 +70,15 @@ def test_operations_of_modernbert_at_512():
     assert computed - dense == 3 * 4 * d * (22 * 512 * 512 - pairs)
     modes = ("dense", "drop", "align")
     assert [round(sequence_flops(base, ScTDConfig(), m) / 1e9, 1) for m in modes] == [392.3, 300.7, 525.8]
+
+
+def test_operations_of_the_shipped_modernbert_are_those_of_the_docs():
+    run = job.load("modern")
+    counted = Shape.of(models.model_config(run.pretrain), length=1024, labels=307)
+    computed = replace(counted, operations=replace(counted.operations, windows=()))
+    assert [round(100 * flops_saved(shape, run.sctd), 1) for shape in (counted, computed)] == [18.0, 20.2]
+    counts = (sequence_flops(shape, run.sctd, "dense") for shape in (computed, counted))
+    assert int(100 * next(counts) / next(counts)) == 114
 
 
 @pytest.mark.parametrize("window", range(6))
