@@ -125,6 +125,6 @@ def test_early_stopping_that_cannot_work_is_refused(pretrain, sctd, message):
 
 def test_early_stopping_with_a_decay_is_warned_about_and_not_part_of_a_control():
     run = job.load(settings(pretrain={"early_stopping": 2}))
-    assert "missed the end of the decay" in run.notes[-1]
+    assert "misses the end of the decay" in run.notes[-1]
     assert "early_stopping" not in control.equal_compute(run, SHAPE)["pretrain"]
     assert not job.load({**settings(pretrain={"early_stopping": 2}), "scheduler": block("WarmupLR")}).notes

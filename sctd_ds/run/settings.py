@@ -148,9 +148,8 @@ def load(
     notes = _resolve_precision(deepspeed) + _warnings(deepspeed, optimizer)
     if pretrain.early_stopping and schedule_ends:
         notes += (
-            "pretrain.early_stopping with a learning rate that decays: a run that stops early has missed the end of the decay, "
-            "which lowers the loss most. A constant rate and a decay from its last checkpoint go together better "
-            "(docs/configuration.md).",
+            "pretrain.early_stopping with a learning rate that decays: a run that stops early misses the end of the decay. "
+            "A constant rate, and a decay from its last checkpoint, suit it better (docs/configuration.md).",
         )
     _rehearse(deepspeed, schedule)
     return RunConfig(name, deepspeed, sctd, pretrain, micro, accumulation, pipelines, optimizer, schedule, from_steps, notes)
