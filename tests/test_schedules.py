@@ -101,14 +101,14 @@ def test_a_schedule_changes_by_set():
     assert run.transformers_schedule["params"]["num_decay_steps"] == 3
 
 
-def test_the_control_of_a_run_has_its_schedule():
-    run = load("transformers.warmup_stable_decay", steps=1000, num_warmup_steps=50, num_decay_steps=100)
+@pytest.mark.parametrize("decay", [100, 950])
+def test_the_control_of_a_run_has_its_schedule(decay):
+    """Of its own length; without stable steps the whole of the warm-up stays."""
+    run = load("transformers.warmup_stable_decay", steps=1000, num_warmup_steps=50, num_decay_steps=decay)
     dense = job.load(control.equal_compute(run, SHAPE))
-    assert dense.pretrain.steps < 1000
-    assert dense.transformers_schedule["params"] == {
-        **run.transformers_schedule["params"],
-        "num_training_steps": dense.pretrain.steps,
-    }
+    steps, params = dense.pretrain.steps, dense.transformers_schedule["params"]
+    assert steps < 1000 and params["num_training_steps"] == steps and params["num_warmup_steps"] == 50
+    assert params["num_decay_steps"] == (round(decay * steps / 1000) if decay == 100 else steps - 50)
 
 
 @pytest.mark.parametrize(
