@@ -1,10 +1,14 @@
 """Learning-rate schedules: those of transformers beside transformers itself, and what a run makes of their settings."""
 
+import json
+import re
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
+from helpers import ROOT
 from helpers.runs import settings
 from sctd_ds.config import ConfigError
 from sctd_ds.deepspeed_schema import TRANSFORMERS_SCHEDULES
@@ -94,6 +98,14 @@ def test_lengths_and_shares_follow_from_the_run(kind, written, resolved, follow)
     assert tuple(flat[f"scheduler.params.{key}"] for key in keys) == resolved
     assert run.from_steps == {f"scheduler.params.{key}" for key in follow.split()}
     assert flat["scheduler.type"] == kind and ("scheduler" in run.deepspeed) == (not kind.startswith("transformers"))
+
+
+def test_the_schedules_of_the_docs_load():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    blocks = re.findall(r'^\|.*`(\{"type": .*\})` \|$', text, flags=re.MULTILINE)
+    assert len(blocks) == 4
+    for written in blocks:
+        assert job.load({**settings(pretrain={"steps": 250_000}), "scheduler": json.loads(written)})
 
 
 def test_a_schedule_changes_by_set():
