@@ -126,7 +126,6 @@ def main(argv: list[str] | None = None) -> int:
     source = arguments.data or options.data
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
     job.check_files(source, run)
-    probes = training.load(options.evaluate) if options.evaluate else {}
     if not arguments.write_control:
         output.check(folder)
     for note in filter(None, (here.note, *run.notes)):
@@ -142,6 +141,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if options.deterministic:
         job.be_deterministic()
+
+    probes = ranks.on_all(lambda: training.load(options.evaluate) if options.evaluate and rank == 0 else {})
 
     # Checkpoint to start from
     if not arguments.dry_run:

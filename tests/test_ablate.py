@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 import sctd_ds
-from benchmarks import ablate
+from benchmarks import ablate, ablation_tables
 from benchmarks.ablate import SWEEPS, configured, plan, tabulate
-from benchmarks.ablation_tables import BEGAN, PAPER, Run, in_order, measured, operations, score
+from benchmarks.ablation_tables import BEGAN, PAPER, Outcome, Run, in_order, measured, operations, score
 from helpers import ROOT
 from helpers.runs import write_settings
 from sctd_ds import ConfigError, ScTDConfig, data
@@ -271,6 +272,15 @@ def test_tables_hold_finished_runs_only(tmp_path):
     curve = [row for row in rows_of(tmp_path / "curves.csv") if (row["variant"], row["seed"]) == ("dense", "1")]
     columns = ("step", "seconds", "dense_steps", "loss_full")
     assert [[float(row[key]) for key in columns] for row in curve] == [[3, 5, pytest.approx(2.6), 4.1], [5, 7, 4, 3.1]]
+
+
+def test_a_run_of_one_point_is_drawn():
+    axis = Figure().subplots()
+    points = [{"step": 1.0, "seconds": 2.0, "loss_full": 3.0}, {"step": 2.0, "seconds": 4.0, "loss_full": 2.0}]
+    outcomes = {"one": {0: Outcome({}, points[:1])}, "two": {0: Outcome({}, points)}}
+    ablation_tables._plot_curves(axis, outcomes, "seconds", "loss_full")
+    drawn = {len(line.get_xdata()): line.get_marker() for line in axis.lines if line.get_alpha()}
+    assert drawn[1] == "o" and drawn[2] != "o"
 
 
 def tiny_shape(layers: int) -> Shape:

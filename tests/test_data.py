@@ -172,6 +172,13 @@ def test_fingerprint_is_the_same_in_another_process_and_another_place(built, tex
     assert second.meta.fingerprint[:16] in done.stdout and "it/s" not in done.stderr
 
 
+def test_help_names_no_default_of_cased(capsys):
+    with pytest.raises(SystemExit):
+        main(["build", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "keeps case and accents --seq-length" in text
+
+
 @pytest.mark.parametrize("option", [{"seed": 1}, {"seq_length": 48}, {"lowercase": False}, {"vocab_size": 200}])
 def test_fingerprint_tells_settings_apart(built, texts, tmp_path, option):
     source = write_jsonl(tmp_path / "a.jsonl", [*texts[:-1], texts[-1].upper()])

@@ -1,8 +1,10 @@
 """Evaluation: data and its errors, metrics against cases computed by hand, and every synthetic task end to end."""
 
+import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sctd_ds.eval import EvalError, analysis, baseline, finetune, report, scores, sources, synthetic
+from sctd_ds.eval import EvalError, analysis, baseline, finetune, report, scores, sources, synthetic, training
 from sctd_ds.eval.__main__ import main
 from sctd_ds.eval.finetune import Limits
 from sctd_ds.eval.grammar import Language
@@ -21,6 +23,7 @@ from sctd_ds.eval.store import Model, remember
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 from sctd_ds.method import passes
 from sctd_ds.method.selection import PINNED
+from sctd_ds.run.metrics import METRICS
 
 TINY = Limits(max_steps=2, max_train=48, max_eval=24)
 
@@ -379,6 +382,31 @@ def test_probe_files_are_read_and_checked(synthetic_data, tmp_path):
         (tmp_path / file).write_text("tr\tWHAT\ta b\n")
         with pytest.raises(EvalError, match="line 1"):
             sources.load_probe(name, tmp_path)
+
+
+def test_scores_of_a_model_that_trains_are_those_of_the_probe(model_folder, synthetic_data, monkeypatch):
+    """Of the layer below the last, on the mean state, with as many examples."""
+    import transformers
+
+    model = Model("model", str(model_folder))
+    tasks = training.load(str(synthetic_data))
+    assert set(tasks) == set(PROBES) <= {metric.name for metric in METRICS["validation"]}
+    monkeypatch.setattr(analysis, "estimate_importance", lambda *_: None)  # of the dropped pass
+    network = transformers.AutoModelForMaskedLM.from_pretrained(model_folder).train()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    random = torch.get_rng_state()
+    found = training.score(network, tokenizer, tasks, longest=64)
+    assert network.training and torch.equal(torch.get_rng_state(), random)
+    for name in PROBES:
+        assert found[name] == pytest.approx(analysis.probe(model, tasks[name])["full_mean"][-2])
+
+
+def test_a_score_needs_files_and_scikit_learn(synthetic_data, tmp_path, monkeypatch):
+    with pytest.raises(EvalError, match=re.escape(f"{tmp_path / 'past_present.txt'} or {tmp_path / 'subj_number.txt'}")):
+        training.load(str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EvalError, match=r"scikit-learn is not installed: pip install sctd_ds\[eval\]"):
+        training.load(str(synthetic_data))
 
 
 def test_fetch_writes_parquet_with_sums_that_offline_machines_check(tmp_path, monkeypatch):

@@ -65,6 +65,17 @@ def test_a_line_in_the_table_brings_a_metric_into_every_output(tmp_path, monkeyp
     assert curves["train: loss"] == [6.25, 6.25] and curves["validation: loss"] == [5.5]
 
 
+def test_scores_are_drawn_where_there_are_some(tmp_path, monkeypatch):
+    figures, run = [], job.load(settings())
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    scored = [{"event": "validation", "step": step, "loss_full": 5.0, "tense": 50.0 + step} for step in (1, 2)]
+    for records in ([], scored):
+        report.plot(report.build(run, SHAPE, None, records), records, tmp_path / "report.png")
+    without, with_scores = ({axes.get_title(): axes for axes in figure.axes} for figure in figures)
+    assert "Scores" not in without
+    assert {line.get_label(): list(line.get_ydata()) for line in with_scores["Scores"].lines}["probe of tense"] == [51.0, 52.0]
+
+
 def test_a_metric_without_a_line_is_refused_on_every_rank(tmp_path):
     for rank in (0, 1):
         with pytest.raises(ValueError, match=r'"heat" is not in sctd_ds.run.metrics.METRICS\["train"\]'):

@@ -1,10 +1,14 @@
 """Learning-rate schedules: those of transformers beside transformers itself, and what a run makes of their settings."""
 
+import json
+import re
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
+from helpers import ROOT
 from helpers.runs import settings
 from sctd_ds.config import ConfigError
 from sctd_ds.deepspeed_schema import TRANSFORMERS_SCHEDULES
@@ -96,19 +100,27 @@ def test_lengths_and_shares_follow_from_the_run(kind, written, resolved, follow)
     assert flat["scheduler.type"] == kind and ("scheduler" in run.deepspeed) == (not kind.startswith("transformers"))
 
 
+def test_the_schedules_of_the_docs_load():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    blocks = re.findall(r'^\|.*`(\{"type": .*\})` \|$', text, flags=re.MULTILINE)
+    assert len(blocks) == 4
+    for written in blocks:
+        assert job.load({**settings(pretrain={"steps": 250_000}), "scheduler": json.loads(written)})
+
+
 def test_a_schedule_changes_by_set():
     run = load("transformers.warmup_stable_decay", "scheduler.params.num_decay_steps=3", num_warmup_steps=2, num_decay_steps=9)
     assert run.transformers_schedule["params"]["num_decay_steps"] == 3
 
 
-def test_the_control_of_a_run_has_its_schedule():
-    run = load("transformers.warmup_stable_decay", steps=1000, num_warmup_steps=50, num_decay_steps=100)
+@pytest.mark.parametrize("decay", [100, 950])
+def test_the_control_of_a_run_has_its_schedule(decay):
+    """Of its own length; without stable steps the whole of the warm-up stays."""
+    run = load("transformers.warmup_stable_decay", steps=1000, num_warmup_steps=50, num_decay_steps=decay)
     dense = job.load(control.equal_compute(run, SHAPE))
-    assert dense.pretrain.steps < 1000
-    assert dense.transformers_schedule["params"] == {
-        **run.transformers_schedule["params"],
-        "num_training_steps": dense.pretrain.steps,
-    }
+    steps, params = dense.pretrain.steps, dense.transformers_schedule["params"]
+    assert steps < 1000 and params["num_training_steps"] == steps and params["num_warmup_steps"] == 50
+    assert params["num_decay_steps"] == (round(decay * steps / 1000) if decay == 100 else steps - 50)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +137,6 @@ def test_early_stopping_that_cannot_work_is_refused(pretrain, sctd, message):
 
 def test_early_stopping_with_a_decay_is_warned_about_and_not_part_of_a_control():
     run = job.load(settings(pretrain={"early_stopping": 2}))
-    assert "missed the end of the decay" in run.notes[-1]
+    assert "misses the end of the decay" in run.notes[-1]
     assert "early_stopping" not in control.equal_compute(run, SHAPE)["pretrain"]
     assert not job.load({**settings(pretrain={"early_stopping": 2}), "scheduler": block("WarmupLR")}).notes

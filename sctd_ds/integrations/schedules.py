@@ -33,7 +33,7 @@ class Schedule:
         """The steps taken, less one."""
 
     def step(self, last_batch_iteration: int | None = None) -> None:
-        """Set the rates of the next step: the one after those taken so far, or after `last_batch_iteration` + 1 steps."""
+        """Set the rates of the next step, after one more step was taken, or after `last_batch_iteration` + 1 of them."""
         self.last_batch_iteration = self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
         taken = self.last_batch_iteration + 1
         rates = [peak * factor(taken) for peak, factor in zip(self._peaks, self._factors, strict=True)]

@@ -22,9 +22,13 @@ def equal_compute(run: RunConfig, shape: Shape) -> dict[str, Any]:
     steps = round(run.pretrain.steps * (1 - flops_saved(shape, run.sctd)))
     deepspeed = run.whole_deepspeed()
     schedule = deepspeed.get("scheduler", {}).get("params", {})
-    for key in ("total_num_steps", "num_training_steps"):
+    for key in ("total_num_steps", "num_training_steps", "num_decay_steps"):
         if key in schedule:
             schedule[key] = round(schedule[key] * steps / run.pretrain.steps)
+    if "num_decay_steps" in schedule:  # the warm-up stays, and both must fit
+        schedule["num_decay_steps"] = min(
+            schedule["num_decay_steps"], schedule["num_training_steps"] - schedule["num_warmup_steps"]
+        )
     pretrain = {**run.pretrain.model_dump(exclude_defaults=True, exclude={"early_stopping"}), "steps": steps}
     return {**deepspeed, "sctd": {"method": "dense"}, "pretrain": pretrain}
 

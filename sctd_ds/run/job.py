@@ -147,8 +147,8 @@ def describe(model: transformers.PreTrainedModel, run: RunConfig, packed: data.P
     rows = f"{len(packed.train):,} rows of {options.seq_length} tokens to train on, {len(packed.validation):,} to validate"
     stages = f" of {options.stages} stages"
     replica = ("rank", "ranks") if options.stages == 1 else (f"pipeline{stages}", f"pipelines{stages}")
-    parts = {replica: run.world_size, ("row", "rows"): run.micro_batch, ("micro-batch", "micro-batches"): run.accumulation}
-    step = " x ".join(counted(number, *noun) for noun, number in parts.items())
+    step = f"{counted(run.world_size, *replica)} x {counted(run.micro_batch, 'row', 'rows')} x "
+    step += counted(run.accumulation, "micro-batch", "micro-batches")
     dense = " and ".join(f"{first} to {last}" for first, last in dense_phases(run.sctd))
     phases = f"; steps {dense} are dense" if dense else ""
     return f"{run.name}: {size}, {rows}; a step is {step}{phases}"

@@ -40,7 +40,7 @@ class Sample:
 
     def while_training(self) -> str:
         """One line for the log."""
-        return f"{self.text} ({_listed({'text': self.answers, 'model': self.after})})"
+        return " ".join(f"{self.text} ({_listed({'text': self.answers, 'model': self.after})})".split())
 
 
 def _listed(words: Mapping[str, list[str]]) -> str:

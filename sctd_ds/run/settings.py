@@ -143,15 +143,8 @@ def load(
     # The run records its own throughput; DeepSpeed's timer would stop the host twice per micro-batch.
     deepspeed.setdefault("timers", {"throughput": {"enabled": False}})
     optimizer = _take_apex_optimizer(deepspeed)
-    schedule_ends = {"total_num_steps", "num_training_steps"} & deepspeed.get("scheduler", {}).get("params", {}).keys()
+    notes = _resolve_precision(deepspeed) + _warnings(deepspeed, optimizer, pretrain)
     schedule = _take_transformers_schedule(deepspeed)
-    notes = _resolve_precision(deepspeed) + _warnings(deepspeed, optimizer)
-    if pretrain.early_stopping and schedule_ends:
-        notes += (
-            "pretrain.early_stopping with a learning rate that decays: a run that stops early has missed the end of the decay, "
-            "which lowers the loss most. A constant rate and a decay from its last checkpoint go together better "
-            "(docs/configuration.md).",
-        )
     _rehearse(deepspeed, schedule)
     return RunConfig(name, deepspeed, sctd, pretrain, micro, accumulation, pipelines, optimizer, schedule, from_steps, notes)
 
@@ -294,15 +287,22 @@ def _take_transformers_schedule(config: Block) -> Block | None:
     return config.pop("scheduler") if config.get("scheduler", {}).get("type") in TRANSFORMERS_SCHEDULES else None
 
 
-def _warnings(config: Block, optimizer: Block | None) -> tuple[str, ...]:
+def _warnings(config: Block, optimizer: Block | None, pretrain: PretrainConfig) -> tuple[str, ...]:
     """What works, but not as its name promises."""
+    found = []
     stage = zero_stage(config)
-    if optimizer is None or optimizer["type"] != "apex.FusedLAMB" or stage == 0:
-        return ()
-    return (
-        f"optimizer.type=apex.FusedLAMB with zero_optimization.stage={stage}: ZeRO gives it one flat tensor per rank, so its "
-        "trust ratio is one for all of a rank's parameters. Stage 0 has one per layer.",
-    )
+    if optimizer is not None and optimizer["type"] == "apex.FusedLAMB" and stage > 0:
+        found.append(
+            f"optimizer.type=apex.FusedLAMB with zero_optimization.stage={stage}: ZeRO gives it one flat tensor per rank, so "
+            "its trust ratio is one for all of a rank's parameters. Stage 0 has one per layer."
+        )
+    lengths = {"total_num_steps", "num_training_steps"}  # of a rate that decays to the end
+    if pretrain.early_stopping and lengths & config.get("scheduler", {}).get("params", {}).keys():
+        found.append(
+            "pretrain.early_stopping with a learning rate that decays: a run that stops early misses the end of the decay. "
+            "A constant rate, and a decay from its last checkpoint, suit it better (docs/configuration.md)."
+        )
+    return tuple(found)
 
 
 def _rehearse(config: Block, of_transformers: Block | None) -> None:
