@@ -37,14 +37,14 @@ class Finished:
     curve: list[metrics.Point]
 
     @property
-    def loss(self) -> Any:
+    def loss(self) -> float:
         """`common_loss` at the end."""
         return common_loss(self.report["validation"])
 
 
-def common_loss(validation: metrics.Record) -> Any:
+def common_loss(validation: metrics.Record) -> float:
     """Validation loss with all tokens, in nats per masked token: at 15 % masks, whatever share the run trained with."""
-    return validation.get("loss_15", validation["loss_full"])
+    return validation["loss_15" if "loss_15" in validation else "loss_full"]
 
 
 def read(folder: Path) -> Finished:

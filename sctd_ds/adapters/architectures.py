@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
+from torch import nn
 
 from sctd_ds.adapters.huggingface import BertAdapter, HuggingFaceAdapter, ModernBertAdapter, RobertaAdapter
 
@@ -61,11 +62,17 @@ class Architecture:
     operations: Callable[[PreTrainedConfig], Operations] = lambda config: PLAIN
     after_padding: bool = False
     """The position id of a row's first token is pad_token_id + 1, and positions are that many fewer; else it is 0."""
+    ends: Callable[[Any], tuple[nn.Module, nn.Module]] | None = None
+    """What a model's pipeline has before the layers, on the first stage, and after them, on the last; None: it has none."""
 
 
 def _modern_operations(config: Any) -> Operations:
     windows = (config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types)
     return Operations(gated=True, windows=tuple(windows))
+
+
+def _modern_ends(model: Any) -> tuple[nn.Module, nn.Module]:
+    return model.model.embeddings, nn.ModuleList([model.model.final_norm, model.head, model.decoder])
 
 
 _ROBERTA = Architecture(RobertaAdapter, after_padding=True)
@@ -86,6 +93,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
             "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
         },
+        ends=lambda model: (model.bert.embeddings, model.cls),
     ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
@@ -130,6 +138,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             },
         },
         operations=_modern_operations,
+        ends=_modern_ends,
     ),
 }
 

@@ -18,12 +18,7 @@ class HuggingFaceAdapter(Adapter):
     """Base: forward takes keywords, with label -100 where nothing is predicted, and returns MaskedLMOutput or a tuple."""
 
     black_box = False
-    in_stages: ClassVar[bool] = False
-    """Whether a pipeline can be built: `ends` are set."""
     embedding_inputs: ClassVar[tuple[str, ...]] = ("token_type_ids", "position_ids")
-
-    ends: tuple[nn.Module, nn.Module]
-    """What a pipeline's first stage has before the layers, and its last stage after them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -82,7 +77,6 @@ class BertAdapter(HuggingFaceAdapter):
     """BertForMaskedLM; also the base of other families with BERT's layers."""
 
     family = "BERT"
-    in_stages = True
     parts = (
         "bert.embeddings.word_embeddings",
         "bert.encoder.layer.0.attention.self.query",
@@ -97,8 +91,6 @@ class BertAdapter(HuggingFaceAdapter):
         super().__init__(model)
         self._backbone = model.get_submodule(self.parts[0].split(".")[0])
         self.layers = self._backbone.encoder.layer
-        if self.in_stages:
-            self.ends = self._backbone.embeddings, model.cls
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -146,7 +138,6 @@ class BertPreTrainingAdapter(BertAdapter):
     """BertForPreTraining: the sum of the masked-LM and the next-sentence loss, as in the model itself."""
 
     family = "BERT with next sentence prediction"
-    in_stages = False
     parts = (*BertAdapter.parts, "cls.seq_relationship", "bert.pooler")
 
     def batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
@@ -172,7 +163,6 @@ class RobertaAdapter(BertAdapter):
     """RobertaForMaskedLM, XLMRobertaForMaskedLM and CamembertForMaskedLM, which share one structure."""
 
     family = "RoBERTa"
-    in_stages = False
     parts = (
         "roberta.embeddings.word_embeddings",
         "roberta.encoder.layer.0.attention.self.query",
@@ -188,7 +178,6 @@ class ElectraAdapter(BertAdapter):
     """ElectraForMaskedLM, the generator. The discriminator predicts at every token, so it has no tokens to drop."""
 
     family = "ELECTRA generator"
-    in_stages = False
     parts = (
         "electra.embeddings.word_embeddings",
         "electra.encoder.layer.0.attention.self.query",
@@ -248,17 +237,11 @@ class ModernBertAdapter(HuggingFaceAdapter):
     family = "ModernBERT"
     parts = ("model.embeddings.tok_embeddings", "model.layers.0.attn.Wqkv", "model.rotary_emb", "model.final_norm", "decoder")
     positional = True
-    in_stages = True
     embedding_inputs = ()
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        body: Any = model.model
-        self.layers = body.layers
-        self.ends = (
-            body.embeddings,
-            nn.ModuleList([body.final_norm, model.get_submodule("head"), model.get_output_embeddings()]),
-        )
+        self.layers = model.model.layers
         self.ignore_index = model.config.sparse_pred_ignore_index if model.config.sparse_prediction else -100
 
     def embed(self, batch: Batch) -> Tensor:

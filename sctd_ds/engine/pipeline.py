@@ -30,7 +30,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
 from sctd_ds.adapters import Batch
-from sctd_ds.adapters.huggingface import HuggingFaceAdapter
+from sctd_ds.adapters.architectures import ARCHITECTURES
 from sctd_ds.config import ConfigError, ScTDConfig
 from sctd_ds.deepspeed_json import replicas
 from sctd_ds.engine.ranks import init_distributed
@@ -131,7 +131,8 @@ class Pipeline(PipelineModule):
         if config is not None or not is_converted(model):
             convert(model, config)
         state = state_of(model)
-        if not (isinstance(state.adapter, HuggingFaceAdapter) and state.adapter.in_stages):
+        row = ARCHITECTURES.get(getattr(model.config, "model_type", ""))
+        if row is None or row.ends is None or type(state.adapter) is not row.adapter:
             raise ConfigError(
                 "a pipeline is built from BertForMaskedLM or ModernBertForMaskedLM, not from "
                 f"{type(model).__name__}: use data parallelism"
@@ -146,7 +147,7 @@ class Pipeline(PipelineModule):
             raise ConfigError(
                 f"boundaries={list(boundaries)}: expected {stages - 1} encoder layers from 1 to {numbers[-1]}, ascending"
             )
-        embeddings, head = state.adapter.ends
+        embeddings, head = row.ends(model)
         specs = [
             LayerSpec(Embedding, state, embeddings),
             *(LayerSpec(EncoderLayer, state, i) for i in range(len(state.adapter.layers))),

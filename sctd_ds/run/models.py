@@ -46,7 +46,7 @@ def check(run: RunConfig) -> None:
     if run.sctd.method != "dense":
         LayerPlan(model.num_hidden_layers)
     if stages > 1:
-        runs = [kind for kind, row in ARCHITECTURES.items() if row.adapter.in_stages]
+        runs = [kind for kind, row in ARCHITECTURES.items() if row.ends]
         if model.model_type not in runs:
             raise ConfigError(
                 f'pretrain.stages={stages}: pretrain.model is of type "{model.model_type}", a pipeline runs {", ".join(runs)}'
