@@ -92,7 +92,7 @@ def states(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Sel
     ids: [B, S], rows without padding, so that every row drops the configured share.
     """
     state = opened.state
-    batch = state.adapter.batch((), {"input_ids": ids, "labels": torch.full_like(ids, state.adapter.ignore_index)})
+    batch = state.read((), {"input_ids": ids, "labels": torch.full_like(ids, state.adapter.ignore_index)})
     streams = passes.begin(state, batch, state.both_passes)
     full: list[Any] = []
     dropped: list[Any] = []
