@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import sctd_ds
 from helpers import oracle
 from helpers.host_stops import HostStops
 from helpers.oracle import Batch, Method, ModernSizes, Sizes
+from sctd_ds.adapters.special_tokens import of_tokenizer
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB, WIDTH, HEADS, POSITIONS = 61, 32, 2, 40
@@ -430,6 +432,19 @@ def test_static_label_slots_change_nothing(mode: str, slots: int) -> None:
     case = CASES[7]
     model, expected = converted(case, Method(mode=mode, kl_weight=0.0), labels_per_row=slots)
     assert_same(model, forward_backward(model, case), expected)
+
+
+def test_a_separator_comes_from_the_tokenizer_or_is_asked_for() -> None:
+    wanted = sctd_ds.ScTDConfig(document_mask=True)
+    tokenizer = SimpleNamespace(sep_token_id=SEP)
+    assert (
+        of_tokenizer(wanted, tokenizer).document_mask == SEP
+        and of_tokenizer(sctd_ds.ScTDConfig(), tokenizer).document_mask is False
+    )
+    with pytest.raises(sctd_ds.ConfigError, match="the tokenizer has no separator"):
+        of_tokenizer(wanted, SimpleNamespace(sep_token_id=None))
+    with pytest.raises(sctd_ds.ConfigError, match="set it to the separator's id"):
+        sctd_ds.convert(bert(4), wanted)
 
 
 def test_more_labels_than_slots_is_a_nan_loss() -> None:

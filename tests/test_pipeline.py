@@ -176,6 +176,7 @@ ON_TWO = {  # replicas bring nothing new to these
     "two_prefixes": {"boundary": 2, "shared_prefix": False},
     "recomputed": {"boundary": 5, "recompute_align": True},
     "dense": {"boundary": 4, "method": "dense"},
+    "documents": {"boundary": 4, "document_mask": 7},  # a frequent id
 }
 
 
