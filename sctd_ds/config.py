@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Number
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -89,6 +89,9 @@ class ScTDConfig(_Block):
     """Decay of the running loss per vocabulary id."""
     keep_token_ids: list[int] | Literal["auto"] = "auto"
     """Ids that are never dropped before others (UNK, CLS, SEP, MASK); "auto" takes them from the tokenizer."""
+    document_mask: bool | Annotated[int, Field(ge=0)] = False
+    """Attention stays within the documents of a packed row, as a separator ends them: an id, or true for the tokenizer's [SEP].
+    false: every token attends to the whole row, as in the paper."""
     labels_per_row: int | None = Field(None, ge=1)
     """Upper bound of labelled tokens per row; pretrain.py sets it. With a bound, every shape is static, a step never waits for
     the device, and a row with more labels makes the loss NaN. Without, each forward reads the largest count from the device."""
@@ -192,6 +195,7 @@ REMOVED_KEYS = {
 NEW_KEYS = {
     "sctd.dense_start": 0,
     "sctd.dense_finish": 0,
+    "sctd.document_mask": False,
     "pretrain.early_stopping": 0,
     "pretrain.decay_all": True,
 }

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 import sctd_ds
 from helpers import oracle
-from helpers.families import FAMILIES, KEPT_IDS, LENGTH, PAD, VOCABULARY, Family, Rows, build, rows
+from helpers.families import FAMILIES, KEPT_IDS, LENGTH, PAD, SEP, VOCABULARY, Family, Rows, build, rows
 from helpers.recipe_models import BertModel
 from sctd_ds.adapters import ADAPTERS
 from sctd_ds.adapters.huggingface import BertAdapter
@@ -168,6 +168,21 @@ def test_separate_prefixes_and_the_spread_schedule_change_nothing_they_should_no
     model = converted(build(family), "align", shared_prefix=False, align_schedule="spread", interval=1)
     sctd_ds.set_mode(model, "align", step=3)
     assert_as_expected(family, model, rows(), "align")
+
+
+@pytest.mark.parametrize("document_mask", [SEP, False])
+@every_family
+def test_attention_stays_within_documents(family, document_mask):
+    """What stands in the second document changes the loss of the first one's labels only where they are not kept apart."""
+    model = converted(build(family), "align", document_mask=document_mask)
+    sctd_ds.importance(model).scores.masked_fill_(table() < oracle.ALWAYS_KEPT, 10.0)  # the same places are kept of both
+    losses = []
+    for word in (7, 8):
+        batch = rows((17, 17))
+        batch.ids[:, 8], batch.ids[:, 9:16], batch.labels[:, 8:] = SEP, word, -100
+        args, kwargs = family.arguments(batch)
+        losses.append(family.loss(model(*args, **kwargs), batch).item())
+    assert (losses[1] == pytest.approx(losses[0], rel=family.tolerance)) == (document_mask == SEP)
 
 
 @by_name([family for family in HUGGING_FACE if family.name != "ModernBertForMaskedLM"])

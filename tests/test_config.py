@@ -214,6 +214,8 @@ def test_one_wrong_letter_anywhere_is_an_error_that_names_the_key():
         ("sctd.interval=true", "sctd.interval=True: expected a number"),
         ('sctd.interval="3"', "sctd.interval='3': expected a number"),
         ("sctd.shared_prefix=1", "sctd.shared_prefix=1: expected true or false"),
+        ("sctd.document_mask=-1", "sctd.document_mask=-1: "),
+        ("sctd.document_mask=auto", "sctd.document_mask='auto': "),
         ("sctd.keep_token_ids=[true]", "sctd.keep_token_ids=True: expected a number"),
         ("sctd.kl_weight=NaN", "sctd.kl_weight=nan: expected a finite number"),
         ("pretrain.seed=4294967296", "less than 4294967296"),

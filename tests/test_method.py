@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import sctd_ds
 from helpers import oracle
 from helpers.host_stops import HostStops
 from helpers.oracle import Batch, Method, ModernSizes, Sizes
+from sctd_ds.adapters.special_tokens import of_tokenizer
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB, WIDTH, HEADS, POSITIONS = 61, 32, 2, 40
@@ -102,6 +104,7 @@ class Case:
     types: bool = False
     first_token: int = CLS
     pattern: str | None = None  # of a ModernBERT's layers; None: a BERT
+    separator: int | None = None  # rows hold several documents, which attention keeps apart
 
     def build(self) -> Any:
         return bert(self.layers) if self.pattern is None else modern(self.pattern)
@@ -124,6 +127,9 @@ class Case:
             labels[row, chosen] = ids[row, chosen]
             masked = chosen[: math.ceil(0.6 * count)]  # the others stay, so they can be dropped
             ids[row, masked] = MASK
+            if self.separator is not None:
+                others = (labels[row, 1 : real - 1] == oracle.IGNORE).nonzero().flatten() + 1
+                ids[row, others[row % 2 :: 3]] = self.separator
         second = torch.arange(self.length) >= self.length // 2 - torch.arange(rows)[:, None]  # another place in each row
         types = second.long() if self.types and self.pattern is None else None
         return Batch(ids, labels, None if self.real is None else mask, types)
@@ -158,6 +164,9 @@ CASES = [
     Case("modern-every-third-global", 7, 21, (2, 3, 1), real=(21, 13, 17), pattern="gllgllg"),
     Case("modern-cross-global-last-local", 6, 20, (3, 2, 1), real=(20, 7, 4), pattern="lgglll"),
     Case("modern-all-local", 4, 17, (5, 2), table="coarse", pattern="llll"),
+    Case("documents", 6, 21, (2, 3, 1), real=(21, 13, 17), separator=SEP),
+    Case("documents-unpadded", 4, 16, (3, 2), table="coarse", separator=30),
+    Case("modern-documents", 7, 21, (3, 4, 1), real=(21, 13, 17), pattern="gllgllg", separator=SEP),
 ]
 
 
@@ -167,7 +176,7 @@ def inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def reference(model: BertForMaskedLM, case: Case, method: Method) -> oracle.Outcome:
-    method = replace(method, drop_ratio=case.drop_ratio)
+    method = replace(method, drop_ratio=case.drop_ratio, separator=case.separator)
     return oracle.run(model.state_dict(), sizes(model), case.scores(), case.batch(), method)
 
 
@@ -186,10 +195,23 @@ def assert_same(model: BertForMaskedLM, loss: Tensor, expected: oracle.Outcome, 
 # The oracle itself, against what it can be held against
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def blocks(batch: Batch, separator: int) -> Tensor:
+    """[B, 1, S, S]: which tokens (columns) a token (row) attends to where documents are kept apart; padding sees itself."""
+    real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+    rows = []
+    for ids, mask in zip(batch.input_ids.tolist(), real.tolist(), strict=True):
+        document = [ids[:place].count(separator) if mask[place] else None for place in range(len(ids))]
+        rows.append([[mine == other for other in document] for mine in document])
+    return torch.tensor(rows)[:, None]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not (case.pattern and case.separator)], ids=lambda case: case.name)
 def test_oracle_dense_pass_is_hugging_faces(case: Case) -> None:
     model = case.build()
-    out = model(**inputs(case.batch()))
+    batch = inputs(case.batch())
+    if case.separator is not None:
+        batch["attention_mask"] = blocks(case.batch(), case.separator)
+    out = model(**batch)
     out.loss.backward()
     tolerance = DOUBLE if case.pattern is None else SINGLE  # transformers rotates in fp32
     assert_same(model, out.loss, reference(model, case, Method(mode="dense")), tolerance)
@@ -276,6 +298,7 @@ def converted(case: Case, method: Method, **further: object) -> tuple[BertForMas
     expected = reference(model, case, method)
     names = ("interval", "kl_weight", "objective", "kl_layers", "align_schedule")
     chosen = {name: getattr(method, name) for name in names}
+    chosen["document_mask"] = False if case.separator is None else case.separator
     config = sctd_ds.ScTDConfig(drop_ratio=case.drop_ratio, keep_token_ids=KEPT_IDS, **chosen, **further)
     assert sctd_ds.convert(model, config) is model
     sctd_ds.importance(model).scores.copy_(case.scores())
@@ -340,6 +363,7 @@ def problems(draw: st.DrawFn) -> tuple[Case, Method, bool]:
         types=draw(st.booleans()),
         first_token=draw(st.sampled_from([CLS, 30])),
         pattern=draw(st.none() | st.text("gl", min_size=layers, max_size=layers)),
+        separator=draw(st.sampled_from([None, None, SEP])),
     )
     method = Method(
         mode=draw(st.sampled_from(["drop", "align", "align", "align"])),
@@ -408,6 +432,19 @@ def test_static_label_slots_change_nothing(mode: str, slots: int) -> None:
     case = CASES[7]
     model, expected = converted(case, Method(mode=mode, kl_weight=0.0), labels_per_row=slots)
     assert_same(model, forward_backward(model, case), expected)
+
+
+def test_a_separator_comes_from_the_tokenizer_or_is_asked_for() -> None:
+    wanted = sctd_ds.ScTDConfig(document_mask=True)
+    tokenizer = SimpleNamespace(sep_token_id=SEP)
+    assert (
+        of_tokenizer(wanted, tokenizer).document_mask == SEP
+        and of_tokenizer(sctd_ds.ScTDConfig(), tokenizer).document_mask is False
+    )
+    with pytest.raises(sctd_ds.ConfigError, match="the tokenizer has no separator"):
+        of_tokenizer(wanted, SimpleNamespace(sep_token_id=None))
+    with pytest.raises(sctd_ds.ConfigError, match="set it to the separator's id"):
+        sctd_ds.convert(bert(4), wanted)
 
 
 def test_more_labels_than_slots_is_a_nan_loss() -> None:

@@ -177,6 +177,7 @@ ON_TWO = {  # replicas bring nothing new to these
     "recomputed": {"boundary": 5, "recompute_align": True},
     "dense": {"boundary": 4, "method": "dense"},
     "modernbert": {"boundary": 4, "build": small_modernbert},
+    "documents": {"boundary": 4, "document_mask": 7},  # a frequent id
 }
 
 

@@ -301,7 +301,7 @@ class ScTDPipelineEngine(StepLogic, PipelineEngine):
         return self.module.plain_names
 
     def _batch(self, raw: Mapping[str, Tensor]) -> Batch:
-        return self.sctd.adapter.batch((), {key: value.to(self.device, non_blocking=True) for key, value in raw.items()})
+        return self.sctd.read((), {key: value.to(self.device, non_blocking=True) for key, value in raw.items()})
 
     def _feed(self, tasks: Sequence[Task]) -> None:
         """Hand over micro-batches of one shape. When the shape of what stages exchange changes, they have to learn it anew."""

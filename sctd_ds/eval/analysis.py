@@ -93,7 +93,7 @@ def states(opened: Opened, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Sel
     every row drops the configured share.
     """
     state = opened.state
-    batch = state.adapter.batch((), {"input_ids": ids, "labels": torch.full_like(ids, state.adapter.ignore_index)})
+    batch = state.read((), {"input_ids": ids, "labels": torch.full_like(ids, state.adapter.ignore_index)})
     streams = passes.begin(state, batch, state.both_passes)
     full: list[Any] = []
     dropped: list[Any] = []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from sctd_ds.adapters.special_tokens import special_ids
+from sctd_ds.adapters.special_tokens import of_tokenizer
 from sctd_ds.config import ConfigError, ScTDConfig, sctd_block
 from sctd_ds.method.convert import convert, importance, set_mode, state_of
 from sctd_ds.method.schedule import Mode, dropping_phase, step_mode
@@ -165,8 +165,8 @@ class ScTDCallback(TrainerCallback, ExportableState):
                     "training arguments"
                 )
             config = ScTDConfig(**block)
-        if config.keep_token_ids == "auto" and tokenizer is not None:
-            config = config.model_copy(update={"keep_token_ids": special_ids(tokenizer)})
+        if tokenizer is not None:
+            config = of_tokenizer(config, tokenizer)
         self._config = config
         self.clock = StepClock(convert(model, config))
         if args.deepspeed:

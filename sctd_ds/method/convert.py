@@ -46,7 +46,7 @@ def convert(model: Any, config: ScTDConfig | None = None) -> Any:
             return original(self, *args, **kwargs)
         state = state_of(self)
         check_trainable(state.adapter)
-        batch = state.adapter.batch(args, kwargs)
+        batch = state.read(args, kwargs)
         result = objective.compute(state, passes.run(state, batch, state.mode, state.step))
         state.parts = result.parts
         return state.adapter.output(result.loss, batch, result.first)

@@ -19,15 +19,17 @@ from sctd_ds.adapters import Adapter
 class Encoder:
     """Runs a model's layers one at a time, on any queries and context. It holds no parameter."""
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter, documents: bool = False) -> None:
+        """documents: whether the masks of `run` number the documents of a row."""
         self.adapter = adapter
+        self._documents = documents
         self._layer: Callable[..., Tensor] = adapter.layer
         self._compile_options: dict[str, Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
         """An encoder of the copied model. Compiled code is shared, unless the layer looks things up in its own adapter."""
         memo[id(self)] = copied = Encoder.__new__(Encoder)  # first, as the adapter leads back here through its model
-        copied.__init__(copy.deepcopy(self.adapter, memo))  # type: ignore[misc]
+        copied.__init__(copy.deepcopy(self.adapter, memo), self._documents)  # type: ignore[misc]
         if self._compile_options is not None:
             if hasattr(self.adapter.layer, "__self__"):
                 copied.compile(**self._compile_options)
@@ -61,11 +63,19 @@ class Encoder:
     ) -> Tensor:
         """Layer `index`: queries [B, Q, d] attend to context [B, C, d]; mask [B, C], 0 at padding, or None.
 
+        With `documents`, a query attends where the mask has its own number. Padding then attends to padding.
+
         query_at, context_at: the positions of these tokens in the row, [B, Q] and [B, C], for layers that depend on them;
         None: 0, 1, 2 ... recompute: keep the layer's inputs only, and run it again in the backward pass.
         """
         layer: Any = self.adapter.layers[index]
-        attend = None if mask is None else mask.bool()[:, None, None, :]
+        attend = None
+        if mask is not None and self._documents:
+            # Only the cross and the last layer choose queries of their context.
+            of_queries = mask if query_at is None or context_at is not None else mask.gather(1, query_at.long())
+            attend = (of_queries[:, :, None] == mask[:, None, :])[:, None]
+        elif mask is not None:
+            attend = mask.bool()[:, None, None, :]
         places = (query_at, context_at) if self.adapter.positional else ()
         if not layer.training:
             return self.adapter.layer(layer, queries, context, attend, *places)

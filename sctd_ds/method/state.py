@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from sctd_ds.adapters import Adapter, Batch, find_adapter
 from sctd_ds.adapters.special_tokens import released_special_ids
-from sctd_ds.config import ScTDConfig
+from sctd_ds.config import ConfigError, ScTDConfig
 from sctd_ds.method.encoder import Encoder
 from sctd_ds.method.labels import Labelled, locate_labels
 from sctd_ds.method.plan import LayerPlan, kept_tokens
@@ -26,7 +28,9 @@ class ScTD:
         check_trainable(adapter)
         self.config = config
         self.plan = LayerPlan(len(adapter.layers), drops=config.method != "dense")
-        self.encoder = Encoder(adapter)
+        if config.document_mask is True:
+            raise ConfigError("sctd.document_mask is true, and no tokenizer is known here: set it to the separator's id")
+        self.encoder = Encoder(adapter, documents=config.document_mask is not False)
         keep_ids = resolve_keep_ids(config, adapter.vocabulary)
         self.importance: Importance = POLICIES[config.importance](adapter.vocabulary, config, keep_ids)
         self.mode: Mode = "drop" if self.plan.drops else "dense"
@@ -48,6 +52,19 @@ class ScTD:
     def both_passes(self) -> Mode:
         """The mode in which evaluation compares the passes: both of them, or the full one where no token is dropped."""
         return "align" if self.plan.drops else "dense"
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+        """The micro-batch in the arguments of the model's forward; see `Adapter.batch`.
+
+        With `document_mask`, its attention_mask numbers the documents of each row from 1, separators included; 0 is padding.
+        """
+        batch, separator = self.adapter.batch(args, kwargs), self.config.document_mask
+        if separator is False:
+            return batch
+        ends = batch.input_ids == separator
+        numbers = 1 + ends.cumsum(dim=1) - ends.long()
+        real = batch.attention_mask
+        return replace(batch, attention_mask=numbers if real is None else numbers * (real != 0))
 
     def select(self, batch: Batch) -> Selection:
         """Choose the kept tokens of a micro-batch: once, never again in recomputation."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from sctd_ds import data
 from sctd_ds.adapters.architectures import ARCHITECTURES, DEFAULT, PRESETS, Architecture
-from sctd_ds.adapters.special_tokens import special_ids
+from sctd_ds.adapters.special_tokens import of_tokenizer
 from sctd_ds.config import ConfigError, PretrainConfig, ScTDConfig, one_line, problems, short
 from sctd_ds.deepspeed_schema import model_of
 from sctd_ds.engine.pipeline import check_stages
@@ -272,9 +272,7 @@ def _check_tokenizer(
 def _method(run: RunConfig, packed: data.PackedData) -> ScTDConfig:
     """The run's method, with what its data decides."""
     config = run.sctd.model_copy(update={"labels_per_row": labels_per_row(run, packed)})
-    if config.keep_token_ids == "auto":
-        config = config.model_copy(update={"keep_token_ids": special_ids(packed.tokenizer)})
-    return config
+    return of_tokenizer(config, packed.tokenizer)
 
 
 def _continue_table(model: transformers.PreTrainedModel, trained: str) -> None:

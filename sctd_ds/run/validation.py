@@ -62,7 +62,7 @@ def validate(engine_or_model: Any, batches: Iterable[Mapping[str, Tensor]]) -> d
             training = model.training
             model.eval()
             for raw in batches:
-                batch = state.adapter.batch((), {key: value.to(device) for key, value in raw.items()})
+                batch = state.read((), {key: value.to(device) for key, value in raw.items()})
                 visit(passes.run(state, batch, state.both_passes))
             model.train(training)
     return _means(sums)

@@ -53,6 +53,8 @@ class Method:
     align_schedule: str = "interval"  # interval | spread
     interval: int = 10
     step: int | None = None
+    separator: int | None = None
+    """The id that ends a document, within which attention stays; None: it sees the whole sequence."""
 
     @property
     def detach_teacher(self) -> bool:
@@ -115,6 +117,8 @@ class Encoder(ABC):
 
     weights: Mapping[str, Tensor]
     sizes: Sizes
+    documents: Sequence[int]
+    """By position, the number of the document that a token belongs to."""
     words: ClassVar[str]
     """The word embeddings' name."""
     tied: ClassVar[Mapping[str, str]]
@@ -150,10 +154,16 @@ class Encoder(ABC):
         """What the head and the KL read of a layer's output."""
         return x
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+    def allowed(self, at: Sequence[int], source_at: Sequence[int], reach: int | None = None) -> Tensor:
+        """Which tokens of the source (columns) each token (rows) attends to."""
+        return torch.tensor(
+            [[self.documents[i] == self.documents[j] and (reach is None or abs(i - j) <= reach) for j in source_at] for i in at]
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
         """Of one head."""
         scores = query @ key.T / math.sqrt(query.shape[-1])
-        return softmax(scores if allowed is None else scores.masked_fill(~allowed, -math.inf)) @ value
+        return softmax(scores.masked_fill(~allowed, -math.inf)) @ value
 
     def full_pass(self, x: Tensor, at: Sequence[int]) -> tuple[Tensor, Tensor]:
         """All tokens through all layers. Returns the finished outputs of layers l-1 and l."""
@@ -208,7 +218,9 @@ class Bert(Encoder):
         key = self.linear(f"{name}.attention.self.key", source)
         value = self.linear(f"{name}.attention.self.value", source)
         parts = zip(*(part.chunk(self.sizes.heads, dim=-1) for part in (query, key, value)), strict=True)
-        attended = self.linear(f"{name}.attention.output.dense", torch.cat([self.attend(*part) for part in parts], dim=-1))
+        allowed = self.allowed(at, source_at)
+        heads = [self.attend(*part, allowed) for part in parts]
+        attended = self.linear(f"{name}.attention.output.dense", torch.cat(heads, dim=-1))
         x = self.norm(f"{name}.attention.output.LayerNorm", attended + x)
         hidden = gelu(self.linear(f"{name}.intermediate.dense", x))
         return self.norm(f"{name}.output.LayerNorm", self.linear(f"{name}.output.dense", hidden) + x)
@@ -230,7 +242,7 @@ class ModernBert(Encoder):
     def layer(self, number: int, x: Tensor, at: Sequence[int], source: Tensor, source_at: Sequence[int]) -> Tensor:
         name, reach = f"model.layers.{number - 1}", self.sizes.reach[number - 1]
         theta = self.sizes.thetas[0 if reach is not None else 1]
-        allowed = torch.tensor([[reach is None or abs(i - j) <= reach for j in source_at] for i in at])
+        allowed = self.allowed(at, source_at, reach)
 
         def projected(part: int, states: Tensor) -> list[Tensor]:
             """Queries (0), keys (1) or values (2), by head. The first layer does without a norm: the embeddings have one."""
@@ -316,7 +328,6 @@ def run(
     """
     family = ModernBert if isinstance(sizes, ModernSizes) else Bert
     leaves = {name: w.detach().double().requires_grad_() for name, w in state_dict.items() if name not in family.tied}
-    encoder = family(leaves, sizes)
     table = [float(score) for score in table]
     length = batch.input_ids.shape[1]
     count = kept_count(length, method.drop_ratio)
@@ -332,6 +343,9 @@ def run(
         mask = [1] * length if batch.attention_mask is None else batch.attention_mask[row].tolist()
         types = [0] * length if batch.token_type_ids is None else batch.token_type_ids[row].tolist()
         real = [p for p in range(length) if mask[p]]
+        # A separator ends its document.
+        documents = [0 if method.separator is None else ids[:p].count(method.separator) for p in range(length)]
+        encoder = family(leaves, sizes, documents)
         labels = [batch.labels[row, p].item() for p in real]
         assert real[0] == 0 and sum(label != IGNORE for label in labels) == (batch.labels[row] != IGNORE).sum()
         x = encoder.embed([ids[p] for p in real], [types[p] for p in real], real)
