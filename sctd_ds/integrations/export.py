@@ -51,7 +51,7 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
         try:
             partial.mkdir(parents=True)
             plain.save_pretrained(partial)
-            _write_importance(engine_or_model, partial)
+            write_importance(engine_or_model, partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             if card is not None:
@@ -64,6 +64,18 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
     if dist.is_initialized():
         dist.barrier()
     return folder
+
+
+def write_importance(engine_or_model: Any, folder: Path) -> None:
+    """Write the learned table of a converted model, if it has one, as a file of the model's folder; see `read_importance`."""
+    if not is_converted(engine_or_model):
+        return
+    state = state_of(engine_or_model)
+    if state.has_table:
+        scores = state.importance.state_dict()["scores"].contiguous()
+        table = ImportanceTable(scores, state.config.drop_ratio, state.importance.name)
+        about = {"drop_ratio": str(table.drop_ratio), "importance": table.policy, "sha256": _digest(table)}
+        save_file({"scores": scores}, folder / IMPORTANCE, metadata=about)
 
 
 def read_importance(folder: str | Path) -> ImportanceTable | None:
@@ -102,17 +114,6 @@ def full_precision_state(engine_or_model: Any) -> dict[str, torch.Tensor]:
     state = {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in state.items()}
     gather = getattr(engine_or_model, "gather_state", None)
     return gather(state) if gather else state
-
-
-def _write_importance(engine_or_model: Any, folder: Path) -> None:
-    if not is_converted(engine_or_model):
-        return
-    state = state_of(engine_or_model)
-    if state.has_table:
-        scores = state.importance.state_dict()["scores"].contiguous()
-        table = ImportanceTable(scores, state.config.drop_ratio, state.importance.name)
-        about = {"drop_ratio": str(table.drop_ratio), "importance": table.policy, "sha256": _digest(table)}
-        save_file({"scores": scores}, folder / IMPORTANCE, metadata=about)
 
 
 def _digest(table: ImportanceTable) -> str:
