@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
 from packaging.version import Version
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -23,6 +23,7 @@ import sctd_ds
 from helpers import ROOT
 from helpers.bert import small_bert
 from helpers.scenarios import run_scenarios, scenario
+from sctd_ds.integrations.callback import LOGGED
 from sctd_ds.integrations.export import read_importance
 
 VOCABULARY, LENGTH, KEPT_IDS = 64, 16, [1, 2, 3, 4]
@@ -84,6 +85,7 @@ class Run:
     scores: torch.Tensor
     weights: list[torch.Tensor]
     applied: int
+    logs: list[dict[str, float]]
     trainer: Trainer
 
 
@@ -128,12 +130,13 @@ def train(
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     plain = trainer.accelerator.unwrap_model(trainer.model)
     weights = [p.detach().clone() for p in plain.parameters()]
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in logs]
     if not callback:
-        return Run(losses, watch.modes, torch.empty(0), weights, 0, trainer)
+        return Run(losses, watch.modes, torch.empty(0), weights, 0, logs, trainer)
     # A Trainer that restores callbacks made a new one.
     clock = next(c.clock for c in trainer.callback_handler.callbacks if isinstance(c, sctd_ds.ScTDCallback))
-    return Run(losses, watch.modes, sctd_ds.importance(plain).scores.clone(), weights, clock.applied_steps, trainer)
+    return Run(losses, watch.modes, sctd_ds.importance(plain).scores.clone(), weights, clock.applied_steps, logs, trainer)
 
 
 def accelerate_loop(accelerator: accelerate.Accelerator, steps: int, folder: Path | None = None) -> dict[str, Any]:
@@ -236,9 +239,8 @@ def test_the_table_lies_beside_every_model_that_is_saved(tmp_path, best):
     assert torch.equal(last.scores, sctd_ds.importance(bert).scores)
     assert trainer.state.best_global_step in (None, 2)
     assert torch.equal(final.scores, (first if best else last).scores)
-    with safe_open(tmp_path / ("checkpoint-2" if best else "checkpoint-4") / "model.safetensors", "pt") as there:
-        with safe_open(tmp_path / "model.safetensors", "pt") as here:
-            assert all(torch.equal(there.get_tensor(name), here.get_tensor(name)) for name in here.keys())  # noqa: SIM118
+    saved = load_file(tmp_path / ("checkpoint-2" if best else "checkpoint-4") / "model.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in load_file(tmp_path / "model.safetensors").items())
 
 
 def test_dense_phases_count_from_the_trainers_steps(tmp_path):
@@ -485,6 +487,9 @@ def test_on_two_ranks(ranks, way):
         assert run["modes"] == TWICE and run["applied"] == 7
         assert torch.equal(run["scores"], table)
         assert rank(with_deepspeed)["world"] == rank(with_deepspeed)["stage"] == 2
+        assert len(run["logs"]) == 7
+        for one, other in zip(run["logs"], ranks[0](way)["logs"], strict=True):  # means over the ranks, whose rows differ
+            assert "ce_drop" in one and all(one[name] == other[name] for name in LOGGED if name in one)
 
 
 def test_an_accelerate_loop_on_two_ranks_learns_one_table(ranks):

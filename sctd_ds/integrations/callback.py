@@ -193,7 +193,7 @@ class ScTDCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Write the importance table into the checkpoint's folder."""
-        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        folder = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if args.should_save and folder.is_dir():  # a search of hyperparameters saves elsewhere
             write_importance(parts["model"], folder)
 
@@ -201,7 +201,7 @@ class ScTDCallback(TrainerCallback, ExportableState):
         """Write the importance table where `trainer.save_model()` writes the model by default."""
         if not args.should_save:
             return
-        folder = Path(args.output_dir)
+        folder = Path(str(args.output_dir))
         best = Path(state.best_model_checkpoint or folder, IMPORTANCE)
         if args.load_best_model_at_end and best.is_file():
             shutil.copyfile(best, folder / IMPORTANCE)
@@ -217,7 +217,10 @@ class ScTDCallback(TrainerCallback, ExportableState):
     def _note(self, model: nn.Module) -> None:
         """Add what the last forward found."""
         method = state_of(model)
-        found = {**method.parts, "kept_token_share": 1.0 if method.mode == "dense" else method.kept_share}
+        found: dict[str, Tensor | float] = {
+            **method.parts,
+            "kept_token_share": 1.0 if method.mode == "dense" else method.kept_share,
+        }
         for name, value in found.items():
             total, count = self._noted.get(name, (0.0, 0))
             self._noted[name] = total + value, count + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
             write_importance(engine_or_model, partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
+                forget_where_from(partial)
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             if folder.exists():
@@ -95,6 +97,15 @@ def read_importance(folder: str | Path) -> ImportanceTable | None:
         return table
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{file}: not an importance table, or damaged ({error}); export the model again") from None
+
+
+def forget_where_from(folder: Path) -> None:
+    """Take out of a saved tokenizer's settings how transformers found it here, which is wrong elsewhere."""
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
+    if kept != settings:
+        file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def full_precision_state(engine_or_model: Any) -> dict[str, torch.Tensor]:
