@@ -10,11 +10,13 @@ the device's memory is left to them.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ from sctd_ds.deepspeed_schema import optimizer_class
 from sctd_ds.method.convert import convert, set_mode
 from sctd_ds.method.schedule import Mode, modes
 from sctd_ds.run import models
+from sctd_ds.run.probe import HUGGING_FACE
 from sctd_ds.run.settings import RunConfig
 
 aten = torch.ops.aten
@@ -71,7 +74,9 @@ def parse_machine(text: str) -> Machine:
     name, _, count = text.lower().partition(":")
     size = re.fullmatch(r"(\d+(?:\.\d+)?)gb", name)
     if not size and name not in CARDS:
-        raise ConfigError(f'--for {text}: unknown device "{name}", {did_you_mean(name, CARDS)} Or give its memory, as in 80GB:8')
+        raise ConfigError(
+            f'--for {text}: unknown device "{name}", {did_you_mean(name, CARDS)} Or give its memory, as in 80GB:8'
+        )
     if not (count or "1").isdecimal() or int(count or 1) < 1:
         raise ConfigError(f'--for {text}: expected DEVICE:NUMBER, for example h100:8, found "{count}" for the number')
     return Machine(name, int(count or 1), 1e9 * (float(size[1]) if size else CARDS[name]))
@@ -81,25 +86,55 @@ def parse_machine(text: str) -> Machine:
 class Needs:
     """Bytes of device memory that a rank of a run needs."""
 
+    micro_batch: int
+    """Rows."""
     states: dict[str, int]
     """What is there during every step: parameters, the optimizer's states with its fp32 copy of them, gradients and buckets."""
     step: dict[str, int]
-    """By mode, the most that forward and backward of a micro-batch allocate beside the states at a time."""
+    """By mode, the most that forward and backward of a micro-batch allocate beside the states at a time; also for the modes
+    and the untouched model ("huggingface") that are timed at start-up."""
     update: int
     """The same of the optimizer's update."""
-    per_row: int
-    """What a row more in the micro-batch adds to the largest of `step`."""
+    per_row: dict[str, float]
+    """What a row more in the micro-batch adds to each of `step`."""
+
+    @property
+    def held(self) -> int:
+        return sum(self.states.values())
 
     @property
     def peak(self) -> int:
-        return sum(self.states.values()) + max(*self.step.values(), self.update)
+        return self.held + max(*self.step.values(), self.update)
 
-    def most_rows(self, micro_batch: int, memory: float) -> int:
-        """The largest micro-batch that fits into a device's memory, by that of these needs."""
-        left = (1 - SPARE) * memory - sum(self.states.values())
+    def most_rows(self, memory: float) -> int:
+        """The largest micro-batch whose peak leaves SPARE of a device's memory."""
+        left = (1 - SPARE) * memory - self.held
         if left < self.update:
             return 0
-        return max(0, micro_batch + int((left - max(self.step.values())) // self.per_row))
+        more = min((left - size) / self.per_row[mode] for mode, size in self.step.items())
+        return max(0, self.micro_batch + math.floor(more))
+
+    def lines(self, machine: Machine) -> list[str]:
+        """For a person, and whether it fits."""
+        share = self.peak / machine.memory
+        fits = "it fits" if share <= 1 - SPARE else "it barely fits" if share <= 1 else "it does not fit"
+        states = ", ".join(f"{name} {_gib(size)}" for name, size in self.states.items())
+        step = ", ".join(f"{mode} {_gib(size)}" for mode, size in self.step.items())
+        rows = self.most_rows(machine.memory)
+        return [
+            f"  memory           {_gib(self.peak)} GiB of the {_gib(machine.memory)} of {machine.name}, computed: {fits}",
+            f"    states         {_gib(self.held)} GiB: {states}",
+            f"    a micro-batch  of {self.micro_batch} rows, beside the states: {step}",
+            f"    an update      {_gib(self.update)} GiB beside the states",
+            f"    micro-batches  of up to {rows} rows fit" if rows else "    micro-batches  of no size fit",
+            "    not counted    context, communication, workspaces of kernels, fragmentation; "
+            f"{SPARE:.0%} of the memory is left to them",
+        ]
+
+
+def _gib(size: float) -> str:
+    """Two digits that count, at least."""
+    return f"{size / 2**30:.{1 if size >= 2**30 else 2 if size >= 2**27 else 3}f}"
 
 
 def compute(run: RunConfig, packed: data.PackedData, gpu: bool) -> Needs:
@@ -109,15 +144,16 @@ def compute(run: RunConfig, packed: data.PackedData, gpu: bool) -> Needs:
         raise ConfigError("memory is not computed for pipelines")
     if isinstance(block, dict) and "offload_optimizer" in block:
         raise ConfigError("memory is not computed with zero_optimization.offload_optimizer")
-    rows = run.micro_batch
+    rows, length, taken = run.micro_batch, run.pretrain.seq_length, [*modes(run.sctd)]
     with _without_data(gpu) as device:
         model = _build(run, packed, device)
-        step = {mode: allocated(model, mode, rows, run.pretrain.seq_length, run.sctd.interval) for mode in modes(run.sctd)}
-        most = max(step, key=lambda mode: step[mode])
-        # By one row it would not grow evenly: a "spread" step aligns every interval-th.
-        more = allocated(model, most, 2 * rows, run.pretrain.seq_length, run.sctd.interval)
+        names: list[Mode | Literal["huggingface"]] = [*taken, HUGGING_FACE] if run.pretrain.probe_steps else [*taken]
+        # Twice the rows, as by one row alone a "spread" step does not grow evenly: it aligns every interval-th.
+        step, twice = (
+            {str(name): allocated(model, name, n, length, run.sctd.interval) for name in names} for n in (rows, 2 * rows)
+        )
         states, update = engine_states(run, sum(p.numel() for p in model.parameters()), gpu)
-    return Needs(states, step, update, per_row=max(1, (more - step[most]) // rows))
+    return Needs(rows, states, step, update, per_row={name: (twice[name] - step[name]) / rows for name in step})
 
 
 # What the engine holds
@@ -138,21 +174,23 @@ def engine_states(run: RunConfig, parameters: int, gpu: bool) -> tuple[dict[str,
     moments, temporary = _optimizer_bytes(optimizer)
     shared = ranks if stage else 1
     states = {"parameters": width * n}
-    if stage and not gpu:
+    master_in_optimizer = stage == 1 and width < sums  # DeepSpeed's BF16_Optimizer
+    if stage and not gpu and not master_in_optimizer:
         states["parameters"] += width * n  # where the device is the host, the tensors from before ZeRO stay
     if stage == 0 and width == 4:
         return {**states, "optimizer": moments * n, "gradients": 4 * n}, (4 if ranks > 1 else 0) * n
     states["optimizer"] = (4 + moments) * n // shared
     if stage == 2:
         states["gradients"] = sums * n // shared
-    elif stage == 1 and width < sums:
+    elif master_in_optimizer:
         states["gradients"] = (sums + width) * n
     else:
         states["gradients"] = width * n
     if stage:
         block: Block = config["zero_optimization"] if isinstance(config["zero_optimization"], dict) else {}
         buffers = 2 if block.get("overlap_comm") and ranks > 1 else 1
-        states["buckets"] = int(block.get("reduce_bucket_size", 5e8)) * width * buffers
+        size = int(block.get("reduce_bucket_size", 5e8))
+        states["buckets"] = (size if gpu else min(size, n)) * width * buffers  # a host has no pages for what is never written
     gradients = sums if stage else width
     return states, max(4, 4 + temporary - gradients) * n // shared
 
@@ -178,20 +216,26 @@ def _optimizer_bytes(block: Block) -> tuple[int, int]:
 # What a step allocates
 
 
-def allocated(model: nn.Module, mode: Mode, rows: int, length: int, step: int) -> int:
+def allocated(model: nn.Module, mode: Mode | Literal["huggingface"], rows: int, length: int, step: int) -> int:
     """The most bytes that forward and backward of one micro-batch allocate at a time, beside the engine's states.
 
-    model: converted, in its training precision, and of tensors without data, or real ones. Rows are full, so they have no
-    attention mask. step: the optimizer step, which chooses the rows of a "spread" step.
+    model: converted, in its training precision, and of tensors without data, or real ones. mode: "huggingface" is the untouched
+    model's forward. Rows are full, so they have no attention mask. step: the optimizer step, which chooses the rows of a
+    "spread" step.
     """
-    place = next(model.parameters()).device
-    ids = torch.zeros(rows, length, dtype=torch.long, device=place)
-    set_mode(model, mode, step)
+    ids = torch.zeros(rows, length, dtype=torch.long, device=next(model.parameters()).device)
+    forward = model.forward
+    if mode == HUGGING_FACE:
+        forward = partial(type(model).forward, model)
+    else:
+        set_mode(model, mode, step)
     handles = [p.register_post_accumulate_grad_hook(_take_gradient) for p in model.parameters()]
-    with Live([*model.parameters(), *model.buffers(), ids]) as live:
-        model(input_ids=ids, labels=ids).loss.backward()
-    for handle in handles:
-        handle.remove()
+    try:
+        with Live([*model.parameters(), *model.buffers(), ids]) as live:
+            forward(input_ids=ids, labels=ids).loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
     return live.peak
 
 
@@ -258,7 +302,10 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
     return aten.native_dropout(x, p, True)[0] if training and p else x
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **others: Any
+) -> Tensor:
+    """others: whether it is causal and its scale, which take no memory."""
     if query.dtype == torch.float32:  # flash and cuDNN have no fp32
         return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, True, dropout_p)[0]
     assert attn_mask is None, "rows are full"

@@ -202,7 +202,7 @@ def saving_lines(report: Report) -> list[str]:
     """The lines about time: one step of each mode, and the average saving."""
     if not report.step_ms:
         return ["  time saved       not measured (pretrain.probe_steps is 0)"]
-    names = {HUGGING_FACE: "untouched Hugging Face"}
+    names: dict[str, str] = {HUGGING_FACE: "untouched Hugging Face"}
     times = ", ".join(f"{names.get(mode, mode)} {ms:.0f} ms" for mode, ms in report.step_ms.items())
     lines = [f"  one step         {times}"]
     if report.method != "dense":
