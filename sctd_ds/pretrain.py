@@ -159,10 +159,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # Data
     packed = job.prepare_data(source, run)
-    shape = job.shape_of(run, packed)
     if elsewhere:
-        needs = memory.compute(run, packed, gpu=True)
-        logger.info("dry run. Nothing was written.\n%s", job.forecast_elsewhere(run, shape, needs, elsewhere))
+        logger.info("dry run. Nothing was written.\n%s", job.forecast_elsewhere(run, packed, elsewhere))
         return 0
     settings = {**run.flat(), "data.fingerprint": packed.meta.fingerprint}
     if origin:
@@ -175,13 +173,14 @@ def main(argv: list[str] | None = None) -> int:
     logger.info("%s", job.describe(model, run, packed))
 
     # What a step costs
+    shape = job.shape_of(run, packed)
     repeats = 2 if arguments.dry_run else options.probe_steps
     measured = probe.measure(model, run, loader, repeats) if repeats else None
     loader.load_state_dict({"position": 0})
     if arguments.dry_run:
         assert measured is not None
-        computed = None if measured.peak_bytes or options.stages > 1 else memory.compute(run, packed, gpu=False)
-        logger.info("dry run: everything fits. Nothing was written.\n%s", job.forecast(run, shape, measured, computed))
+        if rank == 0:  # the others would compute the same
+            logger.info("dry run: everything fits. Nothing was written.\n%s", job.forecast(run, packed, measured))
         return 0
 
     # Engine

@@ -190,6 +190,7 @@ def test_the_verdict_leaves_a_tenth_to_what_is_not_counted(memory_bytes, words):
 @pytest.mark.parametrize(("deepspeed", "pretrain", "words"), [
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, {}, "offload_optimizer"),
     ({"zero_optimization": {"stage": 1}}, {"stages": 2}, "pipelines"),
+    ({"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-3}}}, {}, "OneBitAdam"),
 ])  # fmt: skip
 def test_what_cannot_be_computed_is_said(deepspeed, pretrain, words):
     with pytest.raises(ConfigError, match=words):

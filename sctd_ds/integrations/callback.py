@@ -133,6 +133,8 @@ class ScTDCallback(TrainerCallback, ExportableState):
         restore_callback_states_from_checkpoint undoes this: leave it off, the state is restored without it.
         """
         callbacks = trainer.callback_handler.callbacks
+        if self not in callbacks:
+            raise ConfigError("set_trainer: this callback is not among the Trainer's; pass it in callbacks=[...] first")
         callbacks.remove(self)
         callbacks.insert(0, self)
 

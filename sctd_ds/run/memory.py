@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import transformers
+from deepspeed.runtime.config import DtypeEnum
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,7 @@ from sctd_ds import data
 from sctd_ds.config import Block, ConfigError, did_you_mean
 from sctd_ds.deepspeed_json import zero_stage
 from sctd_ds.deepspeed_schema import optimizer_class
+from sctd_ds.integrations import apex
 from sctd_ds.method.convert import convert, set_mode
 from sctd_ds.method.schedule import Mode, modes
 from sctd_ds.run import models
@@ -168,10 +170,8 @@ def engine_states(run: RunConfig, parameters: int, gpu: bool) -> tuple[dict[str,
     stage, n, ranks = zero_stage(config), parameters, run.world_size
     width = 2 if any((config.get(name) or {}).get("enabled") for name in ("fp16", "bf16")) else 4
     wanted = (config.get("data_types") or {}).get("grad_accum_dtype")
-    sums = width if wanted is None else torch.finfo(_DTYPES[wanted]).bits // 8
-    optimizer = run.apex_optimizer or config.get("optimizer") or {}
-    # One element of the moments for each parameter, and one of the copies in fp32 that the update makes of what it reads.
-    moments, temporary = _optimizer_bytes(optimizer)
+    sums = width if wanted is None else DtypeEnum(wanted).value.itemsize
+    moments, temporary = _optimizer_bytes(run.apex_optimizer or config.get("optimizer") or {})
     shared = ranks if stage else 1
     states = {"parameters": width * n}
     master_in_optimizer = stage == 1 and width < sums  # DeepSpeed's BF16_Optimizer
@@ -201,9 +201,13 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def _optimizer_bytes(block: Block) -> tuple[int, int]:
     """Bytes per parameter of an optimizer's states, and of what its update allocates at a time."""
     kind, params = str(block.get("type", "AdamW")), dict(block.get("params", {}))
-    built = None if kind.startswith("apex.") else optimizer_class(kind, params, offloads=False)
-    if built is None or not built.__module__.startswith("torch.optim"):
-        return (4 if "lion" in kind.lower() or "adagrad" in kind.lower() else 8), 0
+    if kind in apex.OPTIMIZERS:
+        return 8, 0
+    built = optimizer_class(kind, params, offloads=False)
+    if built is None:
+        raise ConfigError(f"memory is not computed for optimizer.type={kind}")
+    if not built.__module__.startswith("torch.optim"):  # DeepSpeed's fused ones, which would have to be compiled
+        return (4 if kind.lower() == "lion" else 8), 0
     weight = nn.Parameter(torch.ones(64, device="cpu"))
     unknown = ("torch_adam", "adam_w_mode", "fp32_optimizer_states", "fused", "lr")
     optimizer = built([weight], lr=1e-3, **{key: value for key, value in params.items() if key not in unknown})
