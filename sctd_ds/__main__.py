@@ -15,6 +15,7 @@ COMMANDS = {
     "data": ("sctd_ds.data.__main__:main", "build training data from text, and describe it"),
     "compare": ("sctd_ds.compare:main", "finished runs side by side"),
     "eval": ("sctd_ds.eval.__main__:main", "fine-tune, probe and compare pretrained models"),
+    "push": ("sctd_ds.integrations.hub:main", "upload a run's model to the Hugging Face Hub"),
     "doctor": ("sctd_ds.doctor:main", "what is wrong with a DeepSpeed JSON file, and a repaired copy"),
 }
 """Functions of arguments that return an exit status, imported when they are used; and what they do."""

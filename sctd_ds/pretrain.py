@@ -32,7 +32,7 @@ from sctd_ds.engine.pipeline import Pipeline
 from sctd_ds.engine.step import NonFiniteLossError, TrainingError
 from sctd_ds.eval import EvalError, training
 from sctd_ds.integrations import schedules
-from sctd_ds.run import control, job, lock, models, output, probe, report, samples, stop, validation
+from sctd_ds.run import control, job, lock, memory, models, output, probe, report, samples, stop, validation
 from sctd_ds.run.metrics import Metrics, take_monitor
 from sctd_ds.run.settings import RunConfig, shipped
 
@@ -75,7 +75,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="check everything, build the model, time steps of each mode and forecast the run; write only the data cache",
     )
-
+    run.add_argument(
+        "--for",
+        dest="machine",
+        metavar="DEVICE:N",
+        help="with --dry-run: compute whether the run fits into the memory of N other devices, for example h100:8 or 80GB:8 "
+        f"({', '.join(memory.CARDS)}); nothing is timed",
+    )
     run.add_argument(
         "--write-control",
         type=Path,
@@ -120,15 +126,20 @@ def main(argv: list[str] | None = None) -> int:
     level = logging.INFO if here.rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
+    elsewhere = memory.parse_machine(arguments.machine) if arguments.machine else None
+    if elsewhere and not arguments.dry_run:
+        raise ConfigError(f"--for {arguments.machine} computes what a run would need, and trains nothing: add --dry-run")
+
     # Configuration, data and folder, as far as seconds show: before ranks wait for each other, and anything is built
-    run = job.load(arguments.deepspeed_config, arguments.set, here.world, arguments.method)
+    world = elsewhere.devices if elsewhere else here.world
+    run = job.load(arguments.deepspeed_config, arguments.set, world, arguments.method)
     options = run.pretrain
     source = arguments.data or options.data
     folder = Path(arguments.output) if arguments.output else Path("runs", run.name)
     job.check_files(source, run)
     if not arguments.write_control:
         output.check(folder)
-    for note in filter(None, (here.note, *run.notes)):
+    for note in filter(None, (here.note, *(() if elsewhere else run.notes))):
         logger.info("%s", note)
 
     # Ranks
@@ -152,6 +163,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # Data
     packed = job.prepare_data(source, run)
+    if elsewhere:
+        logger.info("dry run. Nothing was written.\n%s", job.forecast_elsewhere(run, packed, elsewhere))
+        return 0
     settings = {**run.flat(), "data.fingerprint": packed.meta.fingerprint}
     if origin:
         allowed = tuple(arguments.allow_change)
@@ -173,7 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     loader.load_state_dict({"position": 0})
     if arguments.dry_run:
         assert measured is not None
-        logger.info("dry run: everything fits. Nothing was written.\n%s", job.forecast(run, shape, measured))
+        if rank == 0:  # the others would compute the same
+            logger.info("dry run: everything fits. Nothing was written.\n%s", job.forecast(run, packed, measured))
         return 0
 
     # Engine

@@ -51,7 +51,7 @@ from sctd_ds.eval.grammar import Language
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.store import Model
 from sctd_ds.integrations.export import read_importance
-from sctd_ds.run import job, metrics, models, report
+from sctd_ds.run import job, metrics, models, probe, report
 from sctd_ds.run.metrics import Metrics
 
 RESUMED = (1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * EPOCH)
@@ -259,6 +259,31 @@ def test_dry_run_forecasts_and_writes_nothing(mini, caplog):
     assert sorted(p for p in mini.folder.rglob("*") if p.name != "mini.json") == before
     assert "a step is 1 rank x 4 rows x 2 micro-batches" in caplog.text
     assert re.search(r"whole run\s+14 steps, about [\d.,]+ hours", caplog.text) and "time saved" in caplog.text
+    assert re.search(r"memory +[\d.]+ GiB of the [\d.]+ of this machine, .* computed: it fits", caplog.text)
+
+
+def test_a_dry_run_for_another_machine_computes_memory_and_times_nothing(mini, caplog, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "measure", None)
+    before = sorted(mini.folder.rglob("*"))
+    with caplog.at_level("INFO"):
+        assert mini("--dry-run", "--for", "h100:2") == 0
+    assert sorted(p for p in mini.folder.rglob("*") if p.name != "mini.json") == before
+    assert re.search(r"on 2 devices +a step is 2 ranks x \d+ rows", caplog.text)
+    assert re.search(r"memory +[\d.]+ GiB of the 74.5 of h100, computed: it fits", caplog.text)
+    assert "times            not measured" in caplog.text and "hours" not in caplog.text
+    assert mini("--dry-run", "--for", "h100:7") == 2  # no such ranks for its batch
+    assert mini("--for", "h100:2") == 2
+    assert "--for h100:2 computes what a run would need, and trains nothing: add --dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["log", "terminal"])
+def test_slow_measurements_say_how_far_they_are(monkeypatch, caplog, capsys, terminal):
+    monkeypatch.setattr(probe, "TELL_SECONDS", -1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with caplog.at_level("INFO"):
+        probe.interleave({"dense": lambda: [], "drop": lambda: []}, rounds=2, warmup=1, tell="timing")
+    assert ("timing: 3 of 6 turns, now drop" in caplog.text) != terminal
+    assert ("timing" in capsys.readouterr().err) == terminal
 
 
 def test_runs_of_other_seeds_hold_out_the_same_text(mini, small_data):
@@ -593,7 +618,7 @@ def test_continuing_from_a_trained_model_takes_its_weights_tokenizer_and_table(m
     assert (began["step"], after["step"]) == (0, 4) and after["loss_full"] < began["loss_full"]
     assert "loss_full" in ended
     assert f"loss {began['loss_full']:.4f} -> {after['loss_full']:.4f}" in capsys.readouterr().out
-    assert str(model) in (mini.folder / "run" / "model" / "README.md").read_text()
+    assert "| continued from | .../run/model |" in (mini.folder / "run" / "model" / "README.md").read_text()
 
 
 def test_the_first_validation_of_a_trained_model_is_its_last_one(mini, trained):

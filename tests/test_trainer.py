@@ -1,6 +1,7 @@
 """The Hugging Face Trainer and Accelerate: schedule by optimizer steps, table with the checkpoints, exact resume."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
 from packaging.version import Version
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -21,6 +23,8 @@ import sctd_ds
 from helpers import ROOT
 from helpers.bert import small_bert
 from helpers.scenarios import run_scenarios, scenario
+from sctd_ds.integrations.callback import LOGGED
+from sctd_ds.integrations.export import read_importance
 
 VOCABULARY, LENGTH, KEPT_IDS = 64, 16, [1, 2, 3, 4]
 METHOD = {"interval": 3, "keep_token_ids": KEPT_IDS, "kl_weight": 4.0}
@@ -81,6 +85,7 @@ class Run:
     scores: torch.Tensor
     weights: list[torch.Tensor]
     applied: int
+    logs: list[dict[str, float]]
     trainer: Trainer
 
 
@@ -125,12 +130,13 @@ def train(
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     plain = trainer.accelerator.unwrap_model(trainer.model)
     weights = [p.detach().clone() for p in plain.parameters()]
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in logs]
     if not callback:
-        return Run(losses, watch.modes, torch.empty(0), weights, 0, trainer)
+        return Run(losses, watch.modes, torch.empty(0), weights, 0, logs, trainer)
     # A Trainer that restores callbacks made a new one.
     clock = next(c.clock for c in trainer.callback_handler.callbacks if isinstance(c, sctd_ds.ScTDCallback))
-    return Run(losses, watch.modes, sctd_ds.importance(plain).scores.clone(), weights, clock.applied_steps, trainer)
+    return Run(losses, watch.modes, sctd_ds.importance(plain).scores.clone(), weights, clock.applied_steps, logs, trainer)
 
 
 def accelerate_loop(accelerator: accelerate.Accelerator, steps: int, folder: Path | None = None) -> dict[str, Any]:
@@ -178,6 +184,63 @@ def test_schedule_counts_optimizer_steps(whole):
     assert run.modes == TWICE and run.applied == 7
     assert run.losses[-1] < run.losses[0]
     assert (run.scores != 10.0).sum() > len(KEPT_IDS)
+
+
+class Reporter(TrainerCallback):
+    """Stands for TensorBoard's or W&B's, which `report_to` puts before the user's callbacks."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args, state, control, logs, **parts) -> None:
+        self.logs.append(dict(logs))
+
+
+def test_reporters_see_the_method_in_what_the_trainer_logs(tmp_path):
+    """Two rows with 1 and 2 labels a micro-batch: means over micro-batches, and over the steps between two logs."""
+    settings = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=2,
+        report_to=[], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    reporter, callback = Reporter(), sctd_ds.ScTDCallback({**METHOD, "dense_start": 1})
+    bert = model()
+    trainer = Trainer(bert, settings, train_dataset=Text(), callbacks=[reporter, callback])
+    callback.set_trainer(trainer)
+    seen: list[dict[str, float]] = []
+    bert.register_forward_hook(lambda module, *_: seen.append(dict(module._sctd.parts, mode=module._sctd.mode)))
+    trainer.train()
+    names = {"ce_drop", "ce_full", "kl_last", "kl_previous", "kept_token_share"}
+    training = [logs for logs in reporter.logs if "loss" in logs]
+    assert [logs["mode"] for logs in training] == [1.0, 1.0, 2.0]  # of steps 2, 4 and 6; 1 is dense, 3 and 6 align
+    assert [names & logs.keys() for logs in training] == [names - {"kl_last", "kl_previous"}, names, names]
+    for logs, forwards in zip(training, (seen[:4], seen[4:8], seen[8:]), strict=True):
+        for name in names & logs.keys() - {"kept_token_share"}:
+            values = [float(parts[name]) for parts in forwards if name in parts]
+            assert values and logs[name] == pytest.approx(sum(values) / len(values)), name
+    assert [logs["kept_token_share"] for logs in training] == [0.75, 0.5, 0.5]
+    recorded = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(logs.items() <= entry.items() for logs, entry in zip(training, recorded, strict=True))
+
+
+@pytest.mark.parametrize("best", [False, True], ids=["last", "best"])
+def test_the_table_lies_beside_every_model_that_is_saved(tmp_path, best):
+    """In checkpoint folders, and where save_model() writes: the table of the model that the Trainer ends with."""
+    settings = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=4, per_device_train_batch_size=4, save_steps=2, report_to=[], disable_tqdm=True,
+        **({"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
+            "greater_is_better": True, "learning_rate": 1e-2} if best else {}),
+    )  # fmt: skip
+    bert = model()
+    trainer = Trainer(bert, settings, train_dataset=Text(), eval_dataset=Text(4), callbacks=[sctd_ds.ScTDCallback(METHOD)])
+    trainer.train()
+    trainer.save_model()
+    first, last, final = (read_importance(tmp_path / name) for name in ("checkpoint-2", "checkpoint-4", "."))
+    assert first.policy == "loss" and first.drop_ratio == 0.5 and not torch.equal(first.scores, last.scores)
+    assert torch.equal(last.scores, sctd_ds.importance(bert).scores)
+    assert trainer.state.best_global_step in (None, 2)
+    assert torch.equal(final.scores, (first if best else last).scores)
+    saved = load_file(tmp_path / ("checkpoint-2" if best else "checkpoint-4") / "model.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in load_file(tmp_path / "model.safetensors").items())
 
 
 def test_dense_phases_count_from_the_trainers_steps(tmp_path):
@@ -248,6 +311,17 @@ def test_accumulation_weights_tokens_and_not_micro_batches(tmp_path):
     one = train(tmp_path / "one", dropout=0.0, steps=1, rows=4, accumulation=1)
     assert two.losses == pytest.approx(one.losses, rel=1e-4)
     torch.testing.assert_close(two.scores, one.scores, rtol=1e-5, atol=1e-5)
+
+
+def test_our_loss_is_per_labelled_token_and_hugging_faces_grows_with_accumulation(tmp_path):
+    """As docs/recipes.md says; a Trainer that mends it would fail this."""
+    ours, theirs = (
+        train(tmp_path / name, config={"method": "dense", "keep_token_ids": KEPT_IDS}, callback=with_ours, dropout=0.0, steps=1,
+              rows=2, accumulation=4)
+        for name, with_ours in (("ours", True), ("theirs", False))
+    )  # fmt: skip
+    assert theirs.losses == pytest.approx([4 * ours.losses[0]], rel=1e-2)  # 1-2 and 3-4 labels: micro-batches weigh alike there
+    assert ours.losses == pytest.approx([math.log(VOCABULARY)], rel=0.05)
 
 
 def test_special_tokens_come_from_the_tokenizer(tmp_path):
@@ -413,6 +487,9 @@ def test_on_two_ranks(ranks, way):
         assert run["modes"] == TWICE and run["applied"] == 7
         assert torch.equal(run["scores"], table)
         assert rank(with_deepspeed)["world"] == rank(with_deepspeed)["stage"] == 2
+        assert len(run["logs"]) == 7
+        for one, other in zip(run["logs"], ranks[0](way)["logs"], strict=True):  # means over the ranks, whose rows differ
+            assert "ce_drop" in one and all(one[name] == other[name] for name in LOGGED if name in one)
 
 
 def test_an_accelerate_loop_on_two_ranks_learns_one_table(ranks):

@@ -1,6 +1,7 @@
 """The public functions: they check their arguments, choose a backend and call it.
 
-`backend="auto"` runs the Triton kernel for CUDA tensors and the torch reference elsewhere; `"triton"` and `"torch"` force one.
+`backend="auto"` runs the Triton kernel for CUDA tensors, allocates what it would for meta tensors, which hold no values, and runs
+the torch reference elsewhere; `"triton"` and `"torch"` force one.
 Under `TRITON_INTERPRET=1` (set before importing triton) `"triton"` also takes CPU tensors, which is slow and meant for tests.
 Wrong arguments raise ValueError in one line. No function makes the host wait for the device, so *values* are not checked:
 `kept` and `slot` must come from `select_tokens`.
@@ -35,7 +36,7 @@ def _use_triton(backend: Backend, x: Tensor) -> bool:
     if backend == "torch":
         return False
     if backend == "auto":
-        return x.is_cuda and HAS_TRITON
+        return (x.is_cuda or x.is_meta) and HAS_TRITON
     if backend != "triton":
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
     if not HAS_TRITON:

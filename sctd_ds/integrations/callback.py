@@ -8,25 +8,35 @@ from __future__ import annotations
 
 import base64
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sctd_ds.adapters.special_tokens import of_tokenizer
 from sctd_ds.config import ConfigError, ScTDConfig, sctd_block
+from sctd_ds.integrations.export import IMPORTANCE, write_importance
 from sctd_ds.method.convert import convert, importance, set_mode, state_of
-from sctd_ds.method.schedule import Mode, dropping_phase, step_mode
+from sctd_ds.method.objective import PARTS
+from sctd_ds.method.schedule import MODES, Mode, dropping_phase, step_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
+
+LOGGED = (*(part for part in PARTS if part != "loss"), "kept_token_share")
+"""Means that `ScTDCallback` logs, beside the loss that the Trainer logs itself."""
 
 
 class StepClock:
@@ -101,12 +111,32 @@ class ScTDCallback(TrainerCallback, ExportableState):
 
     The Trainer's constructor converts the model. The checkpoint's trainer_state.json holds step count and table, so
     resume_from_checkpoint continues as exactly as the Trainer itself; a collator that draws random masks does not, see
-    docs/recipes.md. Raises ValueError for settings of the Trainer that do not work with token dropping.
+    docs/recipes.md. Each checkpoint folder also gets the table as a file, which `pretrain.model` and the evaluation read.
+
+    To what the Trainer logs about training it adds "mode" (of the last step: its index in "dense", "drop", "align") and, as
+    means over all ranks since the last log, the parts of the objective and "kept_token_share": 1 in dense steps, elsewhere the
+    share of the tokens that the middle layers see. `set_trainer` shows these to TensorBoard, W&B and their like.
+
+    Raises ValueError for settings of the Trainer that do not work with token dropping.
     """
 
     def __init__(self, config: ScTDConfig | Mapping[str, Any] | None = None) -> None:
         self._config = config if config is None or isinstance(config, ScTDConfig) else ScTDConfig(**config)
         self.clock: StepClock | None = None
+        self._noted: dict[str, tuple[Tensor | float, int]] = {}
+        """By name, the sum over the micro-batches since the last log that had it, on the device, and their number."""
+
+    def set_trainer(self, trainer: Trainer) -> None:
+        """Be the first of the Trainer's callbacks. Each adds to what the next ones log, and TensorBoard's, W&B's and their like
+        would come before this one, as `report_to` puts them in front of the user's own.
+
+        restore_callback_states_from_checkpoint undoes this: leave it off, the state is restored without it.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if self not in callbacks:
+            raise ConfigError("set_trainer: this callback is not among the Trainer's; pass it in callbacks=[...] first")
+        callbacks.remove(self)
+        callbacks.insert(0, self)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Convert the model."""
@@ -147,13 +177,64 @@ class ScTDCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Update the importance table."""
         assert self.clock is not None
+        self._note(parts["model"])
         self.clock.end(skipped=bool(getattr(parts["optimizer"], "step_was_skipped", False)))
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Note what a micro-batch's forward found."""
+        self._note(parts["model"])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Add the method's values to those of training. Every rank calls."""
+        logs = parts["logs"]
+        if "loss" not in logs or not self._noted:  # an evaluation's, or the summary of the run
+            return
+        values = {"mode": float(MODES.index(state_of(parts["model"]).mode)), **self._take_means(args.device)}
+        logs.update(values)
+        state.log_history[-1].update(values)  # the Trainer has stored a copy
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Write the importance table into the checkpoint's folder."""
+        folder = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if args.should_save and folder.is_dir():  # a search of hyperparameters saves elsewhere
+            write_importance(parts["model"], folder)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Write the importance table where `trainer.save_model()` writes the model by default."""
+        if not args.should_save:
+            return
+        folder = Path(str(args.output_dir))
+        best = Path(state.best_model_checkpoint or folder, IMPORTANCE)
+        if args.load_best_model_at_end and best.is_file():
+            shutil.copyfile(best, folder / IMPORTANCE)
+        else:
+            write_importance(parts["model"], folder)
 
     def state(self) -> dict[str, Any]:
         """The content of trainer_state.json: settings, step count and table."""
         config = None if self._config is None else self._config.model_dump()
         attributes = {} if self.clock is None else {"saved": _encode(self.clock.state_dict())}
         return {"args": {"config": config}, "attributes": attributes}
+
+    def _note(self, model: nn.Module) -> None:
+        """Add what the last forward found."""
+        method = state_of(model)
+        found: dict[str, Tensor | float] = {
+            **method.parts,
+            "kept_token_share": 1.0 if method.mode == "dense" else method.kept_share,
+        }
+        for name, value in found.items():
+            total, count = self._noted.get(name, (0.0, 0))
+            self._noted[name] = total + value, count + 1
+
+    def _take_means(self, device: torch.device) -> dict[str, float]:
+        """The means of what was noted, over all ranks; the device is read once. Every rank calls."""
+        sums, counts = zip(*(self._noted.get(name, (0.0, 0)) for name in LOGGED), strict=True)
+        self._noted.clear()
+        totals = torch.stack([torch.stack([torch.as_tensor(x, device=device).float() for x in row]) for row in (sums, counts)])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(totals)
+        return {name: total / count for name, total, count in zip(LOGGED, *totals.tolist(), strict=True) if count}
 
     def _start(self, args: TrainingArguments, model: nn.Module, tokenizer: Any) -> StepClock:
         config = self._config

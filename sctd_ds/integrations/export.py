@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,10 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
         try:
             partial.mkdir(parents=True)
             plain.save_pretrained(partial)
-            _write_importance(engine_or_model, partial)
+            write_importance(engine_or_model, partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
+                forget_where_from(partial)
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             if folder.exists():
@@ -64,6 +66,18 @@ def export(engine_or_model: Any, folder: str | Path, tokenizer: Any = None, card
     if dist.is_initialized():
         dist.barrier()
     return folder
+
+
+def write_importance(engine_or_model: Any, folder: Path) -> None:
+    """Write the learned table of a converted model, if it has one, as a file of the model's folder; see `read_importance`."""
+    if not is_converted(engine_or_model):
+        return
+    state = state_of(engine_or_model)
+    if state.has_table:
+        scores = state.importance.state_dict()["scores"].contiguous()
+        table = ImportanceTable(scores, state.config.drop_ratio, state.importance.name)
+        about = {"drop_ratio": str(table.drop_ratio), "importance": table.policy, "sha256": _digest(table)}
+        save_file({"scores": scores}, folder / IMPORTANCE, metadata=about)
 
 
 def read_importance(folder: str | Path) -> ImportanceTable | None:
@@ -85,6 +99,15 @@ def read_importance(folder: str | Path) -> ImportanceTable | None:
         raise ValueError(f"{file}: not an importance table, or damaged ({error}); export the model again") from None
 
 
+def forget_where_from(folder: Path) -> None:
+    """Take out of a saved tokenizer's settings how transformers found it here, which is wrong elsewhere."""
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
+    if kept != settings:
+        file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def full_precision_state(engine_or_model: Any) -> dict[str, torch.Tensor]:
     """The state_dict in fp32 on the CPU, from the optimizer's master weights if there are any. Collective on an engine.
 
@@ -102,17 +125,6 @@ def full_precision_state(engine_or_model: Any) -> dict[str, torch.Tensor]:
     state = {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in state.items()}
     gather = getattr(engine_or_model, "gather_state", None)
     return gather(state) if gather else state
-
-
-def _write_importance(engine_or_model: Any, folder: Path) -> None:
-    if not is_converted(engine_or_model):
-        return
-    state = state_of(engine_or_model)
-    if state.has_table:
-        scores = state.importance.state_dict()["scores"].contiguous()
-        table = ImportanceTable(scores, state.config.drop_ratio, state.importance.name)
-        about = {"drop_ratio": str(table.drop_ratio), "importance": table.policy, "sha256": _digest(table)}
-        save_file({"scores": scores}, folder / IMPORTANCE, metadata=about)
 
 
 def _digest(table: ImportanceTable) -> str:

@@ -39,6 +39,9 @@ class ScTD:
         self.parts: dict[str, Tensor] = {}
         """Detached parts of the last training forward's objective, on the device: its return value is the model's own."""
 
+        self.kept_share = 1.0
+        """Share of the tokens that the last selection kept."""
+
     @property
     def adapter(self) -> Adapter:
         return self.encoder.adapter
@@ -68,7 +71,9 @@ class ScTD:
 
     def select(self, batch: Batch) -> Selection:
         """Choose the kept tokens of a micro-batch: once, never again in recomputation."""
-        keep = kept_tokens(batch.input_ids.shape[1], self.config.drop_ratio)
+        length = batch.input_ids.shape[1]
+        keep = kept_tokens(length, self.config.drop_ratio)
+        self.kept_share = keep / length
         return self.importance.select(batch.input_ids, keep, batch.attention_mask)
 
     def locate(self, batch: Batch) -> Labelled:

@@ -12,14 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import transformers
 
 from sctd_ds import data
-from sctd_ds.config import counted
+from sctd_ds.config import ConfigError, counted
 from sctd_ds.engine import ranks
-from sctd_ds.method.flops import Shape
+from sctd_ds.method.flops import Shape, flops_saved
 from sctd_ds.method.schedule import dense_phases, mean_cost
 from sctd_ds.run import models, report, settings
+from sctd_ds.run.memory import Machine, compute
 from sctd_ds.run.probe import Probe
 from sctd_ds.run.settings import RunConfig
 
@@ -154,11 +156,28 @@ def describe(model: transformers.PreTrainedModel, run: RunConfig, packed: data.P
     return f"{run.name}: {size}, {rows}; a step is {step}{phases}"
 
 
-def forecast(run: RunConfig, shape: Shape, measured: Probe) -> str:
+def forecast(run: RunConfig, packed: data.PackedData, measured: Probe) -> str:
     """What a dry run prints: step time by mode, saving, the whole run's time, memory."""
+    shape = shape_of(run, packed)
     lines = report.saving_lines(report.build(run, shape, measured))
     hours = mean_cost(run.sctd, measured.step_ms) * run.pretrain.steps / 3.6e6
     lines.append(f"  whole run        {run.pretrain.steps:,} steps, about {hours:,.1f} hours on this device")
     for mode, size in measured.peak_bytes.items():
         lines.append(f"  peak memory      {mode}: {size / 2**30:.1f} GiB")
+    if not measured.peak_bytes:
+        share = psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        try:
+            lines += compute(run, packed, gpu=False).lines(Machine("this machine, for each of its ranks", run.ranks, share))
+        except ConfigError as error:
+            lines.append(f"  memory           {error}")
     return "\n".join(lines)
+
+
+def forecast_elsewhere(run: RunConfig, packed: data.PackedData, machine: Machine) -> str:
+    """What a dry run says about another machine. Raises ConfigError for a run whose memory cannot be computed."""
+    needs = compute(run, packed, gpu=True)
+    devices = f"{machine.devices} device{'s' if machine.devices > 1 else ''}"
+    step = f"{run.world_size} ranks x {run.micro_batch} rows x {run.accumulation} micro-batches"
+    lines = [f"  on {devices}{' ' * (14 - len(devices))}a step is {step}", *needs.lines(machine)]
+    lines.append(f"  operations saved {flops_saved(shape_of(run, packed), run.sctd):.1%} against our dense step")
+    return "\n".join([*lines, "  times            not measured: they need that machine"])

@@ -199,7 +199,7 @@ def build_model(run: RunConfig, packed: data.PackedData) -> transformers.PreTrai
         apex.fuse_layer_norms(model)
 
     # Method
-    convert(model, _method(run, packed))
+    convert(model, method_of(run, packed))
     if trained is not None and state_of(model).has_table:
         _continue_table(model, trained)
 
@@ -269,7 +269,7 @@ def _check_tokenizer(
         )
 
 
-def _method(run: RunConfig, packed: data.PackedData) -> ScTDConfig:
+def method_of(run: RunConfig, packed: data.PackedData) -> ScTDConfig:
     """The run's method, with what its data decides."""
     config = run.sctd.model_copy(update={"labels_per_row": labels_per_row(run, packed)})
     return of_tokenizer(config, packed.tokenizer)

@@ -8,19 +8,22 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import logging
 import statistics
+import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sctd_ds.engine.data_parallel import ScTDEngine
 from sctd_ds.engine.initialize import initialize
@@ -31,8 +34,13 @@ from sctd_ds.method.schedule import Mode, mean_cost, modes
 from sctd_ds.run.models import build_optimizer, parameter_groups
 from sctd_ds.run.settings import RunConfig
 
+logger = logging.getLogger(__name__)
+
 WARMUP = 2
-HUGGING_FACE = "huggingface"
+TIMED = "timing steps of each mode"
+TELL_SECONDS = 10
+"""How often a log hears of slow measurements."""
+HUGGING_FACE: Final = "huggingface"
 """In measurements, the step of the untouched model, beside the modes of the method."""
 
 Call = Callable[[], object]
@@ -48,20 +56,36 @@ class Timed:
     peak_bytes: int | None = None
 
 
-def interleave(turns: Mapping[str, Callable[[], Sequence[Call]]], rounds: int, warmup: int = 0) -> dict[str, Timed]:
+def interleave(
+    turns: Mapping[str, Callable[[], Sequence[Call]]], rounds: int, warmup: int = 0, tell: str | None = None
+) -> dict[str, Timed]:
     """Take the turns one after the other, again and again (A B C A B C ...), so that a clock that drifts meets all alike.
 
     turns: by name, a function that prepares the calls to time and returns them. warmup: rounds before the first that counts.
+    tell: what is timed, for a progress bar on a terminal and lines in a log; None: nothing is said.
     """
     timed = {name: Timed() for name in turns}
-    for number in range(warmup + rounds):
-        for name, prepare in turns.items():
-            ms, work_ms, peak = time_calls(prepare())
-            if number >= warmup:
-                timed[name].ms.append(ms)
-                timed[name].work_ms.append(work_ms)
-                timed[name].peak_bytes = None if peak is None else max(peak, timed[name].peak_bytes or 0)
+    order = [(number, name) for number in range(warmup + rounds) for name in turns]
+    for number, name in order if tell is None else _telling(order, tell):
+        ms, work_ms, peak = time_calls(turns[name]())
+        if number >= warmup:
+            timed[name].ms.append(ms)
+            timed[name].work_ms.append(work_ms)
+            timed[name].peak_bytes = None if peak is None else max(peak, timed[name].peak_bytes or 0)
     return timed
+
+
+def _telling(order: Sequence[tuple[int, str]], what: str) -> Iterator[tuple[int, str]]:
+    """The same, with a bar on a terminal; elsewhere a line every TELL_SECONDS, so that short work says nothing."""
+    quiet = not sys.stderr.isatty() or (dist.is_initialized() and dist.get_rank() > 0)
+    last = time.perf_counter()
+    with tqdm(order, desc=what, unit="turn", dynamic_ncols=True, leave=False, disable=quiet) as bar:
+        for number, (turn, name) in enumerate(bar):
+            bar.set_postfix_str(name)
+            if bar.disable and time.perf_counter() - last > TELL_SECONDS:
+                last = time.perf_counter()
+                logger.info("%s: %d of %d turns, now %s", what, number, len(order), name)
+            yield turn, name
 
 
 def time_calls(calls: Sequence[Call]) -> tuple[list[float], list[float], int | None]:
@@ -183,7 +207,7 @@ def _measure_data_parallel(model: nn.Module, run: RunConfig, batches: Iterator[M
 
     turns: dict[str, Callable[[], list[Call]]] = {mode: partial(turn, mode) for mode in modes(run.sctd)}
     turns[HUGGING_FACE] = partial(turn, "dense", untouched=True)
-    timed = interleave(turns, repeats, WARMUP)
+    timed = interleave(turns, repeats, WARMUP, tell=TIMED)
     engine.destroy()
     micro_ms = {name: [micro for micro, _ in each.ms] for name, each in timed.items()}
     update_ms = statistics.median(update for mode in modes(run.sctd) for _, update in timed[mode].ms)
@@ -209,7 +233,7 @@ def _measure_pipeline(model: nn.Module, run: RunConfig, batches: Iterator[Mappin
         engine.forced_mode, engine.work_seconds = mode, 0.0
         return [partial(step, mode)]
 
-    timed = interleave({mode: partial(turn, mode) for mode in modes(run.sctd)}, repeats, WARMUP)
+    timed = interleave({mode: partial(turn, mode) for mode in modes(run.sctd)}, repeats, WARMUP, tell=TIMED)
     elapsed = {mode: [ms for (ms,) in each.ms] for mode, each in timed.items()}
     step_ms, bubble_share = _relative_to_dense(statistics.median(elapsed["dense"]), elapsed), {}
     for mode in timed:

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from sctd_ds.adapters.architectures import ARCHITECTURES
 from sctd_ds.data import PackedData, unigram_loss
 from sctd_ds.integrations.export import export
+from sctd_ds.integrations.hub import model_card
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 from sctd_ds.method.plan import kept_tokens
 from sctd_ds.method.schedule import dense_phases, mode_shares, modes
@@ -37,6 +38,8 @@ class Report:
     """
 
     name: str
+    family: str
+    """Of the model, for example "BERT"."""
     method: str
     steps: int
     planned_steps: int
@@ -108,6 +111,7 @@ def build(
     peak = peak_flops(environment.device)
     return Report(
         name=run.name,
+        family=ARCHITECTURES[model_config(run.pretrain).model_type].adapter.family,
         method=run.sctd.method,
         steps=train[-1]["step"] if train else 0,
         planned_steps=run.pretrain.steps,
@@ -168,8 +172,9 @@ def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe:
     records = metrics.read(folder / "metrics.jsonl")
     read = samples.read(engine.module, packed, folder) if run.pretrain.stages == 1 else []
     report = build(run, shape, probe, records, packed, read)
+    card = model_card(report.to_json(), run.sctd, packed.meta.sources)
     with output.errors(folder / "model"):
-        export(engine, folder / "model", tokenizer, card(report, run, packed.meta.sources))
+        export(engine, folder / "model", tokenizer, str(card))
     with output.replacing(folder / "report.json") as partial:
         partial.write_text(json.dumps(report.to_json(), indent=2), encoding="utf-8")
     with output.replacing(folder / "report.png") as partial:
@@ -208,7 +213,7 @@ def saving_lines(report: Report) -> list[str]:
     """The lines about time: one step of each mode, and the average saving."""
     if not report.step_ms:
         return ["  time saved       not measured (pretrain.probe_steps is 0)"]
-    names = {HUGGING_FACE: "untouched Hugging Face"}
+    names: dict[str, str] = {HUGGING_FACE: "untouched Hugging Face"}
     times = ", ".join(f"{names.get(mode, mode)} {ms:.0f} ms" for mode, ms in report.step_ms.items())
     lines = [f"  one step         {times}"]
     if report.method != "dense":
@@ -229,44 +234,6 @@ def saving_lines(report: Report) -> list[str]:
             f"({report.stages} stages, {report.micro_batches} micro-batches)"
         )
     return lines
-
-
-def card(report: Report, run: RunConfig, sources: Sequence[str]) -> str:
-    """The exported model's README. sources: of the training text."""
-    sctd, family = run.sctd, ARCHITECTURES[model_config(run.pretrain).model_type].adapter.family
-    dropping = f"{sctd.drop_ratio:.0%} of the tokens skip the middle layers"
-    how = {
-        "dense": "plain masked-language-model pretraining",
-        "token_drop": f"token dropping ({dropping})",
-        "sctd": f"token dropping with semantic-consistent learning (ScTD; {dropping}, both passes are aligned with interval "
-        f"{sctd.interval}, kl_weight {sctd.kl_weight})",
-    }[sctd.method]
-    rows = {
-        "steps x batch": f"{report.steps} x {report.global_batch} sequences of {report.seq_length} tokens",
-        "continued from": report.trained_model,
-        "training text": ", ".join(map(str, sources)),
-        "validation loss (masked LM, all tokens)": _or_not_measured("{:.4f}", report.validation.get("loss_full")),
-        "time saved against a dense step": _or_not_measured("{:.1%}", report.time_saved),
-        "device": report.environment["device"],
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
-    return f"""---
-library_name: transformers
-pipeline_tag: fill-mask
----
-# {report.name}
-
-A {family} masked language model, pretrained with sctd_ds {report.environment["sctd_ds"]} by {how}.
-Loaded from here it is a plain {family} that sees every token in every layer.
-
-| | |
-|---|---|
-{table}
-"""
-
-
-def _or_not_measured(style: str, value: float | None) -> str:
-    return "not measured" if value is None else style.format(value)
 
 
 def plot(report: Report, records: Sequence[Record], path: Path) -> None:
