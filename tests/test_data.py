@@ -18,13 +18,13 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sctd_ds.data.packed import _Packer
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from sctd_ds import data
 from sctd_ds.data import DataError, Loader, Masker, validation_batches
 from sctd_ds.data import packed as packed_module
 from sctd_ds.data.__main__ import main
-from sctd_ds.data.packed import _Packer
 from sctd_ds.data.sources import BLOCK, cut, documents
 
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
