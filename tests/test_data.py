@@ -4,11 +4,14 @@ import builtins
 import gzip
 import itertools
 import json
+import lzma
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +21,13 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sctd_ds.data.packed import _Packer
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from sctd_ds import data
-from sctd_ds.data import DataError, Loader, Masker, validation_batches
-from sctd_ds.data import packed as packed_module
+from sctd_ds.data import DataError, Loader, Masker, builder, parts, rows, split, validation_batches
 from sctd_ds.data.__main__ import main
-from sctd_ds.data.sources import BLOCK, cut, documents
+from sctd_ds.data.readers import BLOCK, cut
+from sctd_ds.data.sources import documents
 
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 
@@ -137,16 +139,39 @@ def test_meta_counts_what_is_there(packed, texts):
 )
 def test_packing_joins_documents_with_separators_whatever_the_batches(tmp_path_factory, lengths, cuts, seq_length):
     docs = [list(range(100 * i + 5, 100 * i + 5 + n)) for i, n in enumerate(lengths)]
-    path = tmp_path_factory.mktemp("packer") / "rows.arrow"
-    packer = _Packer(path, SPECIAL, seq_length)
+    folder = tmp_path_factory.mktemp("rows")
     edges = [0, *sorted(c for c in cuts if c < len(docs)), len(docs)]
-    for first, last in itertools.pairwise(edges):
-        part = docs[first:last]
-        packer.add(np.array([*itertools.chain(*part)], dtype=np.int32), np.array([len(d) for d in part]))
-    packer.close()
-    rows = np.array(Dataset.from_file(str(path))["input_ids"])
-    assert rows.shape == (packer.rows, seq_length)
-    assert split_documents(stream_of(rows)) == docs
+    files = [
+        write_part(folder / f"{first}.part", docs[first:last], range(first, last)) for first, last in itertools.pairwise(edges)
+    ]
+    held_out = split.HoldOut(short=100, last=len(docs) // 3 - 1, longer=False)  # the first third
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "SHARD", 3 * seq_length * 2)
+        train, validation = packed_rows(folder, files, held_out, seq_length)
+    for found, wanted in ((train, docs[len(docs) // 3 :]), (validation, docs[: len(docs) // 3])):
+        assert (split_documents(stream_of(found)) if len(found) else []) == wanted
+
+
+def write_part(path, docs: list[list[int]], keys) -> Path:
+    """A part's file with documents of these ids and keys."""
+    tokens = [token for document in docs for token in (SPECIAL["sep"], *document)]
+    arrays = {"tokens": np.array(tokens, dtype=np.uint16), "lengths": np.array([len(d) for d in docs], dtype=np.uint32)}
+    parts._write(path, arrays | {"keys": np.array(keys, dtype=np.int64)}, len(docs), 0)
+    return path
+
+
+def packed_rows(folder, files, held_out, seq_length) -> list[np.ndarray]:
+    """The rows of train and validation, as the files of rows hold them."""
+    shares = [rows.Share(file, np.empty(0, dtype=bool)) for file in files]
+    layout = rows.Layout(seq_length, SPECIAL, "uint16", held_out)
+    found = [[], []]
+    for name in rows.SPLITS:
+        (folder / name).mkdir()
+    for file in rows.plan(folder, shares, [rows.measure(held_out, share) for share in shares], layout):
+        rows.write(layout, file)
+        found[file.validation] += Dataset.from_file(str(file.path))["input_ids"]
+        assert len(Dataset.from_file(str(file.path))) == file.last - file.first <= 3
+    return [np.array(part) for part in found]
 
 
 def test_equal_texts_are_held_out_together(tmp_path):
@@ -199,7 +224,7 @@ def test_every_kind_of_source_gives_the_same_documents(texts, tmp_path):
 
 
 def test_characters_across_read_chunks_survive(tmp_path, monkeypatch):
-    monkeypatch.setattr("sctd_ds.data.sources.CHUNK", 7)
+    monkeypatch.setattr("sctd_ds.data.files.CHUNK", 7)
     texts = ["grüße aus köln, 你好 🙂🙂", "zweiter absatz\nmit zeile"]
     (tmp_path / "a.txt").write_bytes("\r\n\r\n".join(texts).replace("\nmit", "\r\nmit").encode("utf-8-sig"))
     assert list(documents(str(tmp_path / "a.txt"), "text")) == texts
@@ -267,42 +292,55 @@ def test_a_failure_after_reading_leaves_nothing(texts, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Dataset, "save_to_disk", full)
+    monkeypatch.setattr(rows, "write", full)
     with pytest.raises(DataError, match=r"writing failed .No space left on device."):
         data.build([str(write_jsonl(tmp_path / "a.jsonl", texts))], tmp_path / "out", vocab_size=300, seq_length=32)
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-def test_a_killed_builds_folder_goes_with_the_next_build_and_nothing_else_does(built, texts, tmp_path):
+def test_a_killed_build_goes_on_with_its_parts_and_ends_the_same(texts, tmp_path):
+    """It is killed with three parts finished, one of which is damaged after that: the others are not made again."""
     source, out = str(write_jsonl(tmp_path / "a.jsonl", texts)), tmp_path / "out"
-    build = (
-        "import os, signal, sys; from sctd_ds import data; from sctd_ds.data import packed; "
-        "packed._pack = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
-        "data.build([sys.argv[1]], sys.argv[2], vocab_size=300, seq_length=32)"
+    code = (
+        "import json, os, signal, sys; from sctd_ds import data; from sctd_ds.data import parts, sources\n"
+        "sources.PIECE = parts.PIECE = 20_000; real, made, most = parts._write, [], int(sys.argv[3])\n"
+        "def write(path, *rest):\n"
+        "    if len(made) == most: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    made.append(1); return real(path, *rest)\n"
+        "parts._write = write\n"
+        "data.build([sys.argv[1]], sys.argv[2], vocab_size=300, seq_length=32, num_proc=1)\n"
+        "print(json.dumps([len(made), data.load(sys.argv[2], verify=True).meta.files]))"
     )
-    assert subprocess.run([sys.executable, "-c", build, source, str(out)], check=False).returncode == -9
-    assert len([name for name in os.listdir(tmp_path) if name.startswith(".out.building.")]) == 1
-    others = [".out.backup", ".out.notes", ".output.building.a", "[o]ut"]
-    for name in others:
-        (tmp_path / name).mkdir()
-    data.build([source], out, vocab_size=300, seq_length=32)
-    assert sorted(os.listdir(tmp_path)) == sorted(["a.jsonl", "out", *others])
+
+    def run(where, most):
+        return subprocess.run([sys.executable, "-c", code, source, str(where), str(most)], capture_output=True, text=True)
+
+    whole = run(tmp_path / "whole", -1)
+    count, files = json.loads(whole.stdout)
+    assert run(out, 3).returncode == -9 and not out.exists()
+    finished = sorted((tmp_path / ".out.building" / "parts").glob("*.safetensors"))
+    assert len(finished) == 3 < count
+    content = bytearray(finished[1].read_bytes())
+    content[-9] ^= 1
+    finished[1].write_bytes(content)
+    (finished[1].parent / "half-written.safetensors.123").write_bytes(b"x")
+    again = run(out, -1)
+    assert json.loads(again.stdout) == [count - 2, files], again.stderr
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out", "whole"]
 
 
-def test_the_only_copy_left_by_a_kill_between_two_renames_stays(built, texts, tmp_path):
+def test_the_only_copy_left_by_a_kill_between_two_renames_comes_back(built, texts, tmp_path):
     """`build --overwrite` was killed when the old data set had gone and the new one was not there; the next build fails."""
-    import shutil
-
-    shutil.copytree(built, tmp_path / ".out.building.old")
-    with pytest.raises(DataError, match=r"gone\.txt|no text"):
-        data.build([str(write_jsonl(tmp_path / "a.jsonl", []))], tmp_path / "out")
-    assert data.load(tmp_path / ".out.building.old", verify=True)
+    shutil.copytree(built, tmp_path / ".out.replaced")
+    with pytest.raises(DataError, match=r"a\.jsonl|no text"):
+        data.build([str(write_jsonl(tmp_path / "a.jsonl", []))], tmp_path / "out", overwrite=True)
+    assert data.load(tmp_path / "out", verify=True)
 
 
 def test_two_builds_of_one_folder_are_refused(texts, tmp_path, monkeypatch):
     source, out = str(write_jsonl(tmp_path / "a.jsonl", texts)), tmp_path / "out"
     options = {"vocab_size": 300, "seq_length": 32}
-    pack, refused = packed_module._pack, []
+    pack, refused = builder._pack, []
 
     def second_build(*arguments):
         with pytest.raises(DataError, match="another process is building it"):
@@ -310,7 +348,7 @@ def test_two_builds_of_one_folder_are_refused(texts, tmp_path, monkeypatch):
         refused.append(1)
         return pack(*arguments)
 
-    monkeypatch.setattr(packed_module, "_pack", second_build)
+    monkeypatch.setattr(builder, "_pack", second_build)
     data.build([source], out, **options)
     assert refused and sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
 
@@ -338,8 +376,13 @@ BAD_FILES = {
         r"line 2: a number with more than 4300 digits",
     ),
     "bad.json": (b'[{"text": "a"},\n {"text" 3}]', r"bad\.json, line 2, column 10: not valid JSON"),
-    "bad.parquet": (b"PAR1 not really", r"bad\.parquet: not a readable Parquet file"),
-    "table.csv": (b"text\na\n", r"unknown file type; expected one of \.txt, "),
+    "bad.parquet": (b"PAR1 not really", r"bad\.parquet: not a readable Parquet or Arrow file"),
+    "table.xls": (b"text\na\n", r"unknown file type; expected one of \.txt, "),
+    "columns.csv": (b"id,body\n1,a\n", r"columns\.csv: no column 'text'; there are 'id', 'body'"),
+    "short.csv": (b"id,text\n1,a\n\n2\n", r"short\.csv, line 4: 1 fields, but 'text' is field 2"),
+    "broken.txt.xz": (lzma.compress(b"hello world " * 50)[:-12], r"broken\.txt\.xz: cannot be read"),
+    "nozstd.txt.zst": (b"hello", r"nozstd\.txt\.zst: cannot be read"),
+    "bad.arrow": (b"ARROW1 not really", r"bad\.arrow: not a readable Parquet or Arrow file"),
     "short.txt": (b"a few words only\n\nand a few more", r"too little text: 8 tokens in 2 documents"),
     "one.jsonl": (json.dumps({"text": "word " * 5000}).encode(), r"too little text: 5000 tokens in 1 documents"),
 }
@@ -431,7 +474,7 @@ def test_a_name_that_cannot_be_a_path_gets_one_line(tmp_path, source, message):
 @given(st.text("a \n", max_size=4 * 16))
 def test_cut_gives_the_pieces_that_cutting_off_one_after_the_other_gives(text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sctd_ds.data.sources.BLOCK", 16)
+        patch.setattr("sctd_ds.data.readers.BLOCK", 16)
         found, rest = list(cut(text)), text
         for piece in found:
             end = max(rest.rfind("\n", 1, 16), 0) or max(rest.rfind(" ", 1, 16), 0) or 16
@@ -500,8 +543,6 @@ def test_bad_settings_get_one_line(tmp_path, options, message):
     ],
 )
 def test_damaged_folder_is_refused(built, tmp_path, damage, message):
-    import shutil
-
     copy = shutil.copytree(built, tmp_path / "copy")
     kind, name = damage.split(" ")
     content = bytearray((copy / name).read_bytes())
@@ -594,7 +635,7 @@ def test_prepare_knows_a_tokenizer_by_its_content(built, texts, tmp_path):
 def test_prepare_by_several_processes_builds_once(texts, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     code = (
-        "import sys, sctd_ds.data.packed as p; real = p.build\n"
+        "import sys, sctd_ds.data.builder as p; real = p.build\n"
         "p.build = lambda *a, **k: (print('built'), real(*a, **k))[1]\n"
         "print(p.prepare(sys.argv[1], sys.argv[2], vocab_size=300, seq_length=32))"
     )

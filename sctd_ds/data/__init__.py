@@ -15,7 +15,7 @@ batches      order and masks of rows
 """
 
 from sctd_ds.data.batches import IGNORED, Loader, Masker, MicroBatch, validation_batches
-from sctd_ds.data.build import build, check, merge, prepare
+from sctd_ds.data.builder import build, check, merge, prepare
 from sctd_ds.data.files import DataError
 from sctd_ds.data.store import Meta, PackedData, check_tokenizer, load, unigram_loss
 

@@ -157,15 +157,18 @@ def build(
             identity(source)
     given = load_tokenizer(tokenizer) if tokenizer else None
 
-    with _alone(out, overwrite), _staging(out) as staging, Workers(num_proc or cores()) as workers:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone(out, overwrite))
+        staging = stack.enter_context(_staging(out))
         names = [_spooled(source, staging) if is_standard_input(source) else source for source in sources]
         planned = parts.plan(names, text_column)
         if given is None and (ids := next((p for part in planned for p in part.pieces if p.tokens), None)):
             raise DataError(f"{ids.file}: holds token ids; name the tokenizer that made them with --tokenizer (tokenizer)")
+        mine = planned if shard is None else planned[shard[0] - 1 :: shard[1]]
+        workers = stack.enter_context(Workers(min(num_proc or cores(), len(planned))))
         tok = given or _train(planned, sources[0], settings, staging, workers)
         _replace(tok, staging / "tokenizer")
         job = Job(staging / "parts", staging / "tokenizer", digest(tok), text_column, seed)
-        mine = planned if shard is None else planned[shard[0] - 1 :: shard[1]]
         _forecast(mine, job, settings, tok, workers.count, packs=shard is None)
         finished = _tokenize(mine, job, workers)
         if shard is None:
@@ -209,7 +212,8 @@ def merge(shares: Sequence[str | Path], out: str | Path, *, num_proc: int | None
     ]
     finished.sort(key=lambda part: part.number)
     tok = load_tokenizer(str(Path(shares[0]) / "tokenizer"))
-    with _alone(out, overwrite), _staging(out) as staging, Workers(num_proc or cores()) as workers:
+    processes = min(num_proc or cores(), len(finished))
+    with _alone(out, overwrite), _staging(out) as staging, Workers(processes) as workers:
         for number, facts in workers.each(parts.check, [part.file for part in finished]):
             if facts != finished[number].facts:
                 raise DataError(f"{finished[number].file}: missing or damaged; build this share again, or copy it again")
@@ -437,7 +441,7 @@ def _train(
         logger.info("tokenizer: %d words, trained on %s of text in %s", len(tok), sampled, duration(time.monotonic() - start))
     _replace(tok, folder)
     note.write_text(_hash([key, _all_facts(folder)]))
-    return tok
+    return load_tokenizer(str(folder))  # as a build that goes on would
 
 
 def _count_words(settings: Settings, task: tuple[Part, int]) -> dict[str, int]:
