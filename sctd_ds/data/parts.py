@@ -94,7 +94,7 @@ def tokenize(job: Job, part: Part) -> Facts:
     if (facts := check(path)) is not None:
         return facts
     encoder, tokenizer = _encoder(job)
-    ids = special_ids(tokenizer)
+    ids, kind, vocab_size = special_ids(tokenizer), id_type(tokenizer), len(tokenizer)
     salt = job.seed.to_bytes(8, "little")
     streams, lengths, keys = [], [], bytearray()
     documents = text_bytes = 0
@@ -105,7 +105,7 @@ def tokenize(job: Job, part: Part) -> Facts:
             raw = [text.encode() for text in texts]
             found, counts = encoder(texts)
         else:
-            given = [piece for document in batch for piece in _clean(document, ids, len(tokenizer), part)]
+            given = [piece for document in batch for piece in _clean(document, ids, vocab_size, part)]
             if not given:
                 continue
             if not checked:
@@ -119,10 +119,10 @@ def tokenize(job: Job, part: Part) -> Facts:
             if count:
                 keys += hashlib.blake2b(data, digest_size=8, salt=salt).digest()
         counts = counts[counts > 0]
-        streams.append(np.insert(found, np.cumsum(counts) - counts, ids["sep"]).astype(id_type(tokenizer)))
+        streams.append(np.insert(found, np.cumsum(counts) - counts, ids["sep"]).astype(kind))
         lengths.append(counts.astype(np.uint32))
     arrays = {
-        "tokens": np.concatenate(streams) if streams else np.empty(0, dtype=id_type(tokenizer)),
+        "tokens": np.concatenate(streams) if streams else np.empty(0, dtype=kind),
         "lengths": np.concatenate(lengths) if lengths else np.empty(0, dtype=np.uint32),
         "keys": np.frombuffer(bytes(keys), dtype="<i8"),
     }

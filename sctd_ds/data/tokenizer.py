@@ -25,6 +25,7 @@ ALPHABET = 1000  # a trained vocabulary spells this many characters, the most fr
 TOKENIZER_FILES = ("*token*.json", "vocab*", "merges*", "*.model")  # files of any type of tokenizer
 KNOWN_WORDS = 1 << 19  # words whose ids an encoder remembers, and words that are counted at a time
 KNOWN_CHARACTERS = 1 << 24
+FED_WORDS = 1 << 25  # words that the trainer reads
 COUNTED_WORDS = 1 << 21  # different words of a sample; beyond, the rarest are forgotten
 
 
@@ -144,10 +145,14 @@ def train_tokenizer(
 
 
 def _repeated(words: collections.Counter[str]) -> Iterator[str]:
-    """Texts with each word as often as it was counted: the trainer takes no counts."""
+    """Texts with each word as often as it was counted, or that divided by what brings all of them to FED_WORDS.
+
+    The trainer takes no counts, and a large sample as it is would keep all processes but this one waiting.
+    """
+    divisor = -(-sum(words.values()) // FED_WORDS)
     for word, count in words.items():
-        for start in range(0, count, 1 << 12):
-            yield f"{word} " * min(1 << 12, count - start)
+        for start in range(0, count // divisor, 1 << 12):
+            yield f"{word} " * min(1 << 12, count // divisor - start)
 
 
 # --- encoding --------------------------------------------------------------------------------------------------------
