@@ -116,12 +116,20 @@ class PretrainConfig(_Block):
     masked-LM model of a type in `adapters.architectures` to continue from, a Hugging Face folder or a Hub name: its weights,
     its tokenizer and, where the folder has one, its importance table. A resumed run reads the folder again."""
     data: str | list[str] = "python-docs"
-    """A folder made by `python -m sctd_ds.data build`, or raw text: files, folders, a Hub name, "python-docs[:SIZE]"."""
+    """A folder made by `python -m sctd_ds.data build`, or raw text: files, folders, URLs, a Hub name, "python-docs[:SIZE]"."""
     tokenizer: str | None = None
     """For raw text: an existing tokenizer (folder or name). Unset, it is that of a trained `model`; for a new one, a WordPiece
     tokenizer is trained on the text."""
     vocab_size: int = Field(30522, ge=100)
     """For raw text without a tokenizer: size of the trained vocabulary."""
+    cased: bool = False
+    """For raw text without a tokenizer: the trained vocabulary keeps case and accents."""
+    text_column: str = "text"
+    """For raw text in records: the column that holds the text."""
+    validation_fraction: float = Field(0.01, ge=0.0, lt=1.0)
+    """For raw text: share of the tokens held out, by document; at least one row."""
+    dedup: bool = False
+    """For raw text: drop documents whose text was there before."""
     seq_length: int = Field(512, ge=8)
     """Tokens per row, [CLS] and [SEP] included."""
     steps: int = Field(250_000, ge=1)
@@ -215,6 +223,7 @@ _RECORDING = frozenset(
 _SPEED_AND_NAMES = frozenset(
     """
     pretrain.data pretrain.validation_rows pretrain.early_stopping pretrain.num_workers pretrain.deterministic
+    pretrain.cased pretrain.text_column pretrain.validation_fraction pretrain.dedup
     wall_clock_breakdown flops_profiler comms_logger memory_breakdown timers
     zero_optimization.overlap_comm zero_optimization.reduce_bucket_size
     """.split()

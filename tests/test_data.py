@@ -1,14 +1,22 @@
 """Data: no token is lost, masks and order are functions of (seed, epoch, row), and bad input gets one clear line."""
 
 import builtins
+import collections
+import csv
 import gzip
+import importlib.util
+import io
 import itertools
 import json
+import lzma
 import os
 import random
+import re
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +29,11 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from sctd_ds import data
-from sctd_ds.data import DataError, Loader, Masker, validation_batches
-from sctd_ds.data import packed as packed_module
+from sctd_ds.data import DataError, Loader, Masker, builder, parts, rows, sources, split, validation_batches, workers
 from sctd_ds.data.__main__ import main
-from sctd_ds.data.packed import _Packer
-from sctd_ds.data.sources import BLOCK, cut, documents
+from sctd_ds.data.readers import BLOCK, cut
+from sctd_ds.data.sources import documents
+from sctd_ds.data.tokenizer import Encoder, WordCounter, id_type
 
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 
@@ -137,16 +145,39 @@ def test_meta_counts_what_is_there(packed, texts):
 )
 def test_packing_joins_documents_with_separators_whatever_the_batches(tmp_path_factory, lengths, cuts, seq_length):
     docs = [list(range(100 * i + 5, 100 * i + 5 + n)) for i, n in enumerate(lengths)]
-    path = tmp_path_factory.mktemp("packer") / "rows.arrow"
-    packer = _Packer(path, SPECIAL, seq_length)
+    folder = tmp_path_factory.mktemp("rows")
     edges = [0, *sorted(c for c in cuts if c < len(docs)), len(docs)]
-    for first, last in itertools.pairwise(edges):
-        part = docs[first:last]
-        packer.add(np.array([*itertools.chain(*part)], dtype=np.int32), np.array([len(d) for d in part]))
-    packer.close()
-    rows = np.array(Dataset.from_file(str(path))["input_ids"])
-    assert rows.shape == (packer.rows, seq_length)
-    assert split_documents(stream_of(rows)) == docs
+    files = [
+        write_part(folder / f"{first}.part", docs[first:last], range(first, last)) for first, last in itertools.pairwise(edges)
+    ]
+    held_out = split.HoldOut(short=100, last=len(docs) // 3 - 1, longer=False)  # the first third
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "SHARD", 3 * seq_length * 2)
+        train, validation = packed_rows(folder, files, held_out, seq_length)
+    for found, wanted in ((train, docs[len(docs) // 3 :]), (validation, docs[: len(docs) // 3])):
+        assert (split_documents(stream_of(found)) if len(found) else []) == wanted
+
+
+def write_part(path, docs: list[list[int]], keys) -> Path:
+    """A part's file with documents of these ids and keys."""
+    tokens = [token for document in docs for token in (SPECIAL["sep"], *document)]
+    arrays = {"tokens": np.array(tokens, dtype=np.uint16), "lengths": np.array([len(d) for d in docs], dtype=np.uint32)}
+    parts._write(path, arrays | {"keys": np.array(keys, dtype=np.int64)}, len(docs), 0)
+    return path
+
+
+def packed_rows(folder, files, held_out, seq_length) -> list[np.ndarray]:
+    """The rows of train and validation, as the files of rows hold them."""
+    shares = [rows.Share(file, np.empty(0, dtype=bool)) for file in files]
+    layout = rows.Layout(seq_length, SPECIAL, "uint16", held_out)
+    found = [[], []]
+    for name in rows.SPLITS:
+        (folder / name).mkdir()
+    for file in rows.plan(folder, shares, [rows.measure(held_out, share) for share in shares], layout):
+        rows.write(layout, file)
+        found[file.validation] += Dataset.from_file(str(file.path))["input_ids"]
+        assert len(Dataset.from_file(str(file.path))) == file.last - file.first <= 3
+    return [np.array(part) for part in found]
 
 
 def test_equal_texts_are_held_out_together(tmp_path):
@@ -196,17 +227,25 @@ def test_every_kind_of_source_gives_the_same_documents(texts, tmp_path):
     (tmp_path / "e.json").write_text(json.dumps([{"text": text, "id": 1} for text in texts], indent=1))
     (tmp_path / "f.json").write_bytes((tmp_path / "c.jsonl").read_bytes())
     pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), tmp_path / "g.parquet")
+    (tmp_path / "h.jsonl.zst").write_bytes(compressed := pa.compress((tmp_path / "c.jsonl").read_bytes(), "zstd", asbytes=True))
+    (tmp_path / "i.txt.xz").write_bytes(lzma.compress(body.encode()))
+    for name, delimiter in (("j.csv", ","), ("k.tsv", "\t")):
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows([["id", "text"], *enumerate(texts)])
+    assert len(compressed) < (tmp_path / "c.jsonl").stat().st_size
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 7
+    assert len(files) == 11
     for file in files:
         assert list(documents(str(file), "text")) == texts, file
+    Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "l")
+    assert list(documents(str(tmp_path / "l"), "text")) == texts
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / "notes.md").write_text("no")
-    assert list(documents(str(tmp_path), "text")) == texts * 7
+    assert list(documents(str(tmp_path), "text")) == texts * 12
 
 
 def test_characters_across_read_chunks_survive(tmp_path, monkeypatch):
-    monkeypatch.setattr("sctd_ds.data.sources.CHUNK", 7)
+    monkeypatch.setattr("sctd_ds.data.files.CHUNK", 7)
     texts = ["grüße aus köln, 你好 🙂🙂", "zweiter absatz\nmit zeile"]
     (tmp_path / "a.txt").write_bytes("\r\n\r\n".join(texts).replace("\nmit", "\r\nmit").encode("utf-8-sig"))
     assert list(documents(str(tmp_path / "a.txt"), "text")) == texts
@@ -274,42 +313,87 @@ def test_a_failure_after_reading_leaves_nothing(texts, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Dataset, "save_to_disk", full)
+    monkeypatch.setattr(rows, "write", full)
     with pytest.raises(DataError, match=r"writing failed .No space left on device."):
         data.build([str(write_jsonl(tmp_path / "a.jsonl", texts))], tmp_path / "out", vocab_size=300, seq_length=32)
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-def test_a_killed_builds_folder_goes_with_the_next_build_and_nothing_else_does(built, texts, tmp_path):
+KILLED = """
+import os, signal, sys
+from sctd_ds import data
+from sctd_ds.data import parts, sources
+sources.PIECE = parts.PIECE = 20_000
+write, made = parts._write, []
+def killed(path, *rest):
+    if len(made) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.append(path)
+    return write(path, *rest)
+parts._write = killed
+data.build([sys.argv[1]], sys.argv[2], vocab_size=300, seq_length=32, num_proc=1)
+"""
+
+
+def test_a_killed_build_goes_on_with_its_parts_and_ends_the_same(texts, tmp_path, small_pieces, monkeypatch):
+    """It is killed with three parts finished, one of which is damaged after that: the other two are not made again."""
     source, out = str(write_jsonl(tmp_path / "a.jsonl", texts)), tmp_path / "out"
-    build = (
-        "import os, signal, sys; from sctd_ds import data; from sctd_ds.data import packed; "
-        "packed._pack = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
-        "data.build([sys.argv[1]], sys.argv[2], vocab_size=300, seq_length=32)"
-    )
-    assert subprocess.run([sys.executable, "-c", build, source, str(out)], check=False).returncode == -9
-    assert len([name for name in os.listdir(tmp_path) if name.startswith(".out.building.")]) == 1
-    others = [".out.backup", ".out.notes", ".output.building.a", "[o]ut"]
-    for name in others:
-        (tmp_path / name).mkdir()
-    data.build([source], out, vocab_size=300, seq_length=32)
-    assert sorted(os.listdir(tmp_path)) == sorted(["a.jsonl", "out", *others])
+    write, made = parts._write, []
+    monkeypatch.setattr(parts, "_write", lambda path, *rest: (made.append(path), write(path, *rest))[1])
+    options = {"vocab_size": 300, "seq_length": 32, "num_proc": 1}
+    whole, count = data.build([source], tmp_path / "whole", **options), len(made)
+    made.clear()
+    assert subprocess.run([sys.executable, "-c", KILLED, source, str(out)], check=False).returncode == -9 and not out.exists()
+    finished = sorted((tmp_path / ".out.building" / "parts").glob("*.safetensors"))
+    assert len(finished) == 3 < count
+    content = bytearray(finished[1].read_bytes())
+    content[-9] ^= 1
+    finished[1].write_bytes(content)
+    (finished[1].parent / "half-written.safetensors.123").write_bytes(b"x")
+    data.build([source], out, **options)
+    assert [path.name for path in made] == sorted({path.name for path in made} - {finished[0].name, finished[2].name})
+    assert len(made) == count - 2 and finished[1].name in {path.name for path in made}
+    assert data.load(out, verify=True).meta == data.load(whole).meta
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out", "whole"]
 
 
-def test_the_only_copy_left_by_a_kill_between_two_renames_stays(built, texts, tmp_path):
+def test_an_interrupted_build_keeps_its_parts_and_an_error_only_many(texts, tmp_path, small_pieces, monkeypatch, caplog):
+    source = str(write_jsonl(tmp_path / "a.jsonl", texts))
+    write, made = parts._write, []
+
+    def stops(error):
+        def stop(path, *rest):
+            if len(made) == 2:
+                raise error
+            made.append(path)
+            return write(path, *rest)
+
+        made.clear()
+        monkeypatch.setattr(parts, "_write", stop)
+        with pytest.raises((type(error), DataError), match=r"disk is full|^$") as caught:
+            data.build([source], tmp_path / "out", vocab_size=300, seq_length=32, num_proc=1)
+        return str(caught.value), sorted(os.listdir(tmp_path))
+
+    full = OSError(28, "disk is full")
+    assert stops(full) == (f"{tmp_path / 'out'}: writing failed (disk is full); nothing was kept", ["a.jsonl"])
+    assert stops(KeyboardInterrupt()) == ("", [".out.building", "a.jsonl"])
+    monkeypatch.setattr(builder, "KEPT", 1)
+    message, left = stops(full)
+    assert "4 finished parts are kept" in message and "4 finished parts are kept" in caplog.text and left[0] == ".out.building"
+
+
+def test_the_only_copy_left_by_a_kill_between_two_renames_comes_back(built, texts, tmp_path):
     """`build --overwrite` was killed when the old data set had gone and the new one was not there; the next build fails."""
-    import shutil
-
-    shutil.copytree(built, tmp_path / ".out.building.old")
-    with pytest.raises(DataError, match=r"gone\.txt|no text"):
-        data.build([str(write_jsonl(tmp_path / "a.jsonl", []))], tmp_path / "out")
-    assert data.load(tmp_path / ".out.building.old", verify=True)
+    shutil.copytree(built, tmp_path / ".out.replaced")
+    with pytest.raises(DataError, match=r"a\.jsonl|no text"):
+        data.build([str(write_jsonl(tmp_path / "a.jsonl", []))], tmp_path / "out", overwrite=True)
+    assert data.load(tmp_path / "out", verify=True)
 
 
 def test_two_builds_of_one_folder_are_refused(texts, tmp_path, monkeypatch):
     source, out = str(write_jsonl(tmp_path / "a.jsonl", texts)), tmp_path / "out"
     options = {"vocab_size": 300, "seq_length": 32}
-    pack, refused = packed_module._pack, []
+    pack, refused = builder._pack, []
 
     def second_build(*arguments):
         with pytest.raises(DataError, match="another process is building it"):
@@ -317,9 +401,398 @@ def test_two_builds_of_one_folder_are_refused(texts, tmp_path, monkeypatch):
         refused.append(1)
         return pack(*arguments)
 
-    monkeypatch.setattr(packed_module, "_pack", second_build)
+    monkeypatch.setattr(builder, "_pack", second_build)
     data.build([source], out, **options)
     assert refused and sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+# --- parts, processes and machines -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    for module in (sources, parts):
+        monkeypatch.setattr(module, "PIECE", 20_000)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.arrow"])
+def test_the_pieces_of_a_file_hold_its_documents(tmp_path, small_pieces, name):
+    texts = [text.replace(" ", "\r\n", 3) for text in make_texts(300)]
+    path = tmp_path / name
+    if name == "a.txt":
+        path.write_bytes("".join(text + ("\r\n \t\r\n" if i % 2 else "\n\n\n") for i, text in enumerate(texts)).encode())
+    elif name == "a.jsonl":
+        write_jsonl(path, texts)
+    elif name == "a.parquet":
+        pq.write_table(pa.table({"id": list(range(300)), "text": texts}), path, row_group_size=17)
+    else:
+        table = pa.table({"text": texts})
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=17)
+    found = sources.pieces(str(path), "text")
+    assert len(found) > 3 and len({(piece.start, piece.stop) for piece in found}) == len(found)
+    assert all(piece.size < 40_000 for piece in found)
+    wanted = [text.replace("\r\n", "\n") if name == "a.txt" else text for text in texts]
+    assert [text for piece in found for text in sources.read(piece, "text")] == wanted
+
+
+def test_a_file_that_cannot_be_cut_is_one_piece(tmp_path, small_pieces):
+    (tmp_path / "a.txt").write_text(" ".join(make_texts(400)))
+    (piece,) = sources.pieces(str(tmp_path / "a.txt"), "text")
+    assert (piece.start, piece.stop) == (0, piece.size)
+
+
+def test_a_bad_line_of_a_late_piece_has_the_files_number(tmp_path, small_pieces):
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(399))
+    with path.open("a") as file:
+        file.write("{\n")
+    assert len(sources.pieces(str(path), "text")) > 2
+    with pytest.raises(DataError, match=r"a\.jsonl, line 400, column 2: not valid JSON"):
+        list(documents(str(path), "text"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8") | st.sampled_from("ab \n\t\r\x0b\u00a0,.é你"), max_size=40), min_size=1, max_size=5
+    )
+)
+def test_words_looked_up_have_the_ids_of_whole_documents(packed, documents):
+    encoder, plain = Encoder(packed.tokenizer), Encoder(packed.tokenizer)
+    assert encoder._by_word
+    plain._by_word = False
+    for batch in (documents, documents[::-1]):  # the second time, from memory
+        found, wanted = encoder(batch), plain(batch)
+        assert np.array_equal(found[0], wanted[0]) and np.array_equal(found[1], wanted[1])
+
+
+def test_an_encoder_forgets_and_cuts_long_documents(packed, monkeypatch):
+    texts = [*make_texts(50, seed=8), " ".join(make_texts(200, seed=9)), "x" * 3 * BLOCK]
+    pieces = [packed.tokenizer([*cut(text)], add_special_tokens=False)["input_ids"] for text in texts]
+    wanted = [list(itertools.chain.from_iterable(ids)) for ids in pieces]
+    monkeypatch.setattr("sctd_ds.data.tokenizer.KNOWN_WORDS", 20)
+    encoder = Encoder(packed.tokenizer)
+    for start in range(0, len(texts), 10):
+        ids, lengths = encoder(texts[start : start + 10])
+        assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == wanted[start : start + 10]
+        assert len(encoder._numbers) <= 20
+
+
+def test_a_tokenizer_with_words_of_its_own_reads_whole_documents(packed):
+    import copy
+
+    extended = copy.deepcopy(packed.tokenizer)
+    extended.add_tokens(["new york"])
+    assert not Encoder(extended)._by_word
+    ids, _ = Encoder(extended)(["to new york"])
+    assert ids[-1] == len(extended) - 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    documents=st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 60)), min_size=2, max_size=40),
+    fraction=st.sampled_from([0.0, 0.1, 0.5]),
+    files=st.integers(1, 3),
+)
+def test_documents_are_held_out_in_the_order_of_their_keys(tmp_path_factory, documents, fraction, files):
+    """Against the rule in a few lines: sorted by key, long ones last, until the share and a row are full."""
+    of_key = dict(documents)  # equal keys are equal texts
+    keys = np.array([key for key, _ in documents]) << 56
+    lengths = np.array([of_key[key] for key, _ in documents])
+    wanted = max(fraction * lengths.sum(), 6)
+    order = np.lexsort((keys, lengths > wanted))
+    filled = np.searchsorted(np.cumsum(lengths[order]), wanted)
+    expected = np.isin(keys, keys[order[: filled + 1]])
+    folder = tmp_path_factory.mktemp("split")
+    chunks = np.array_split(np.arange(len(keys)), files)
+    paths = [write_part(folder / f"{i}.part", [[7] * n for n in lengths[c]], keys[c]) for i, c in enumerate(chunks)]
+    nothing = [np.empty(0, dtype=bool)] * files
+    if filled == len(order) or lengths[~expected].sum() < 6:
+        with pytest.raises(DataError, match="too little text"):
+            split.hold_out(paths, nothing, fraction, 8)
+    else:
+        assert np.array_equal(split.hold_out(paths, nothing, fraction, 8)(keys, lengths), expected)
+
+
+OPTIONS = {"vocab_size": 300, "seq_length": 32, "tokenizer_sample": 30_000}
+
+
+@pytest.fixture
+def one_build(texts, tmp_path, small_pieces):
+    """The text, and a data set built of it by one process."""
+    source = str(write_jsonl(tmp_path / "a.jsonl", texts))
+    return source, data.build([source], tmp_path / "one", **OPTIONS, num_proc=1)
+
+
+def test_processes_change_nothing(one_build, tmp_path):
+    source, one = one_build
+    two = data.build([source], tmp_path / "two", **OPTIONS, num_proc=2)
+    assert data.load(two, verify=True).meta == data.load(one).meta
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_shares_of_several_machines_merge_to_one_build(one_build, tmp_path, count):
+    """Each machine has the text at another place; nine of them are more than there are parts."""
+    source, one = one_build
+    shares = []
+    for number in range(1, count + 1):
+        here = tmp_path / f"machine{number}"
+        here.mkdir()
+        shutil.copy(source, here)
+        shares.append(data.build([str(here / "a.jsonl")], here / "share", **OPTIONS, shard=(number, count), num_proc=1))
+    merged = data.load(data.merge(shares[::-1], tmp_path / "merged", num_proc=1), verify=True).meta
+    wanted = data.load(one).meta
+    assert (merged.files, merged.fingerprint, merged.settings) == (wanted.files, wanted.fingerprint, wanted.settings)
+    assert (merged.documents, merged.text_bytes) == (wanted.documents, wanted.text_bytes)
+
+
+def test_shares_that_do_not_fit_together_are_refused(one_build, tmp_path):
+    source, one = one_build
+    first, second, other = (
+        data.build([source], tmp_path / f"share{i}", **OPTIONS | changed, shard=(number, 2), num_proc=1)
+        for i, (number, changed) in enumerate([(1, {}), (2, {}), (2, {"seed": 1})])
+    )
+    for shares, message in [
+        ([first], r"of 2 shares, 2 lack"),
+        ([first, second, second], "a share is given twice"),
+        ([first, other], r"share2: of another build than .*share0"),
+        ([first, one], r"one: not a share of a build"),
+        ([], "no shares to merge"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            data.merge(shares, tmp_path / "merged")
+    for refuse in (data.load, lambda share: data.check(str(share), seq_length=32)):
+        with pytest.raises(DataError, match=r"share0: one share of a build; put all of them together"):
+            refuse(first)
+    victim = next((second / "parts").iterdir())
+    content = bytearray(victim.read_bytes())
+    content[-9] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(DataError, match=f"{victim.name}: missing or damaged"):
+        data.merge([first, second], tmp_path / "merged", num_proc=1)
+    (first / "shard.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"shard\.json: damaged"):
+        data.merge([first, second], tmp_path / "merged")
+    assert not [name for name in os.listdir(tmp_path) if "merged" in name]
+
+
+def test_a_tokenizer_learns_from_a_seeded_sample(texts, tmp_path, small_pieces):
+    planned = parts.plan([str(write_jsonl(tmp_path / "a.jsonl", make_texts(3000)))], "text")
+    total = sum(part.size for part in planned)
+    assert [part for part, _ in parts.sample(planned, 2 * total, seed=0)] == planned
+    chosen = [[part.number for part, _ in parts.sample(planned, total // 3, seed)] for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2] and chosen[0] == sorted(chosen[0])
+    assert 0.2 < len(chosen[0]) / len(planned) < 0.5
+    words = parts.count_words(planned[0], "text", lowercase=True, most=1000)
+    assert 100 < sum(words.values()) < 500  # about 1000 bytes of words of four letters, and the rest of a document
+
+
+def test_words_are_counted_as_bert_splits_them(monkeypatch):
+    counter = WordCounter(lowercase=True)
+    counter.add(["The café, the CAFE\nthe\tend.", "don't 42 你好"])
+    pieces = counter.pre_tokenizer.pre_tokenize_str(
+        counter.normalizer.normalize_str("The café, the CAFE the end. don't 42 你好")
+    )
+    assert counter.words == collections.Counter(piece for piece, _ in pieces)
+    monkeypatch.setattr("sctd_ds.data.tokenizer.COUNTED_WORDS", 8)
+    counter.merge({"rare": 1, "frequent": 9})
+    assert len(counter.words) == 4 and {"the", "cafe", "frequent"} <= counter.words.keys()
+
+
+def test_duplicates_are_dropped_and_counted(tmp_path, small_pieces, monkeypatch):
+    monkeypatch.setattr(split, "SORTED", 50)
+    texts = make_texts(300, seed=1)
+    once, often = (write_jsonl(tmp_path / f"{n}.jsonl", texts[:200] * n + texts[200:]) for n in (1, 3))
+    options = {"vocab_size": 300, "seq_length": 32, "validation_fraction": 0.3, "num_proc": 1}
+    wanted = data.load(data.build([str(once)], tmp_path / "once", **options)).meta
+    tok = str(tmp_path / "once" / "tokenizer")
+    found = data.load(data.build([str(often)], tmp_path / "often", **options, tokenizer=tok, dedup=True), verify=True).meta
+    assert found.fingerprint == wanted.fingerprint and wanted.duplicates == 0
+    assert (found.duplicates, found.documents) == (400, 700)
+
+
+def test_too_little_room_is_said_at_once(texts, tmp_path, small_pieces, monkeypatch, caplog):
+    caplog.set_level("INFO", "sctd_ds.data")
+    monkeypatch.setattr(builder, "FORECAST", 0)
+    source = str(write_jsonl(tmp_path / "a.jsonl", texts))
+    out = data.build([source], tmp_path / "out", vocab_size=300, seq_length=32, num_proc=1)
+    (line,) = [record.message for record in caplog.records if "of disk while it builds" in record.message]
+    needed, final = (float(number) * 1000 for number in re.findall(r"([\d.]+)kB (?:of disk|in the end)", line))
+    there = sum(file.stat().st_size for split_ in ("train", "validation") for file in (out / split_).iterdir())
+    assert 0.9 * final < there < 1.2 * final and 1.9 * final < needed < 3 * final
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(DataError, match=r"the build needs about .*B, and 1kB are free; make room"):
+        data.build([source], tmp_path / "full", vocab_size=300, seq_length=32, num_proc=1)
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, caplog):
+    caplog.set_level("INFO", "sctd_ds.data")
+    now = iter(range(0, 1000, 20))
+    monkeypatch.setattr(workers.time, "monotonic", lambda: next(now))
+    with workers.progress("tokenizing", 4_000_000_000) as shown:
+        for _ in range(4):
+            shown.add(10**9)
+    lines = [record.message for record in caplog.records]
+    assert lines == ["tokenizing: 50%, 2GB (50MB/s), 40 s left", "tokenizing: 4GB (50MB/s)"]
+
+
+def test_data_of_format_1_are_still_read(packed, built, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(built / "tokenizer", old / "tokenizer")
+    for name in rows.SPLITS:
+        ids = [row["input_ids"] for row in getattr(packed, name)]
+        Dataset.from_dict({"input_ids": ids}).save_to_disk(old / name)
+    fields = json.loads((built / "meta.json").read_text()) | {"format": 1, "files": builder._all_facts(old)}
+    del fields["duplicates"], fields["text_bytes"]
+    (old / "meta.json").write_text(json.dumps(fields))
+    found = data.load(old, seq_length=32, verify=True)
+    assert found.train[3]["input_ids"] == packed.train[3]["input_ids"]
+    batches = [next(make_loader(packed.tokenizer, each.train)) for each in (found, packed)]
+    assert same(*batches)
+
+
+def test_ids_take_two_bytes_where_the_vocabulary_allows(packed, tokenizer):
+    assert packed.train.features["input_ids"].feature.dtype == "uint16"
+    wide = BertTokenizer(
+        vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(65536))])}
+    )
+    assert (id_type(tokenizer), id_type(wide)) == (np.uint16, np.int32)
+
+
+# --- other sources ---------------------------------------------------------------------------------------------------
+
+
+def test_urls_are_read_like_files(texts, tmp_path, small_pieces):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/b/a.jsonl", write_jsonl(tmp_path / "a.jsonl", texts).read_bytes())
+    memory.pipe("/bucket/b/c.txt.gz", gzip.compress("\n\n".join(texts).encode()))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet", row_group_size=50)
+    memory.pipe("/bucket/b/d.parquet", (tmp_path / "d.parquet").read_bytes())
+    memory.pipe("/bucket/b/notes.md", b"no")
+    for source, times in [
+        ("memory://bucket/b/a.jsonl", 1),
+        ("memory://bucket/b/c.txt.gz", 1),
+        ("memory://bucket/b", 3),
+        ("memory://bucket/b/*.parquet", 1),
+        (f"file://{tmp_path}/a.jsonl", 1),
+    ]:
+        assert list(documents(source, "text")) == texts * times, source
+    before = sources.identity("memory://bucket/b")
+    assert len(before) == 3 and sources.identity("memory://bucket/b") == before
+    memory.pipe("/bucket/b/c.txt.gz", gzip.compress(b"other"))
+    assert sources.identity("memory://bucket/b") != before
+    options = {"vocab_size": 300, "seq_length": 32, "num_proc": 1}
+    remote = data.build(["memory://bucket/b/a.jsonl"], tmp_path / "remote", **options)
+    local = data.build([str(tmp_path / "a.jsonl")], tmp_path / "local", **options)
+    assert data.load(remote).meta.files == data.load(local).meta.files
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://bucket/gone.txt", "no such file or folder there"),
+        ("memory://bucket/gone", "no such folder, or an unknown file type"),
+        ("memory://bucket/a.xls", "no such folder, or an unknown file type"),
+        ("nosuch://bucket/a.txt", "nosuch://bucket/a.txt: .*nosuch"),
+        ("s3://bucket/a.txt", "(?i)s3://bucket/a.txt: .*s3fs"),
+    ],
+)
+def test_a_bad_url_gets_one_line(tmp_path, url, message):
+    if url.startswith("s3") and importlib.util.find_spec("s3fs"):
+        pytest.skip("s3fs is installed")
+    with pytest.raises(DataError, match=message) as caught:
+        data.build([url], tmp_path / "out")
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["-", "-.jsonl", "-.jsonl.gz"])
+def test_standard_input_is_a_source(texts, tmp_path, monkeypatch, kind):
+    content = "\n\n".join(texts).encode() if kind == "-" else write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
+    content = gzip.compress(content) if kind.endswith(".gz") else content
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    packed = data.load(data.build([kind], tmp_path / "out", vocab_size=300, seq_length=32))
+    assert packed.meta.documents == len(texts) and packed.meta.sources == [kind]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_standard_input_has_limits(tmp_path):
+    for names, options, message in [
+        (["-", "-.jsonl"], {}, "can be read once"),
+        (["-"], {"shard": (1, 2)}, "without --shard"),
+        (["-.doc"], {}, "unknown file type; expected - followed by one of"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            data.build(names, tmp_path / "out", **options)
+
+
+def write_ids(path, ids: list[list[int]]) -> str:
+    pq.write_table(pa.table({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}), path)
+    return str(path)
+
+
+def test_tokenized_data_are_cleaned_and_packed_by_us(built, packed, texts, tmp_path):
+    ids = packed.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    options = {"tokenizer": str(built / "tokenizer"), "seq_length": 32, "num_proc": 1}
+    cls, sep, pad = (SPECIAL[name] for name in ("cls", "sep", "pad"))
+    framed = [[cls, *row, sep, *[pad] * (i % 3)] for i, row in enumerate(ids)]
+    joined = [[token for row in framed[i : i + 5] for token in row] for i in range(0, len(framed), 5)]
+    Dataset.from_dict({"input_ids": framed}).save_to_disk(tmp_path / "saved")
+    found = []
+    bare, stuck = write_ids(tmp_path / "bare.parquet", ids), write_ids(tmp_path / "joined.parquet", joined)
+    for source in (bare, stuck, str(tmp_path / "saved")):
+        meta = data.load(data.build([source], tmp_path / "out", **options, overwrite=True), verify=True).meta
+        found.append((meta.fingerprint, meta.documents, meta.train_tokens + meta.validation_tokens))
+    assert len(set(found)) == 1 and found[0][1:] == (len(texts), sum(map(len, ids)))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[5, 6, 300]], r"holds the id 300, and the tokenizer's go from 0 to \d+"),
+        ([[5, -1]], r"holds the id -1"),
+        ([[5, 4, 6]], r"holds masked tokens \(id 4\)"),
+        ("other order", r"its ids are not of this tokenizer: of \d+ texts, \d+ are the same"),
+        ([[0.5, 1.0]], r"column 'input_ids' holds list<.*double>, expected a list of whole numbers"),
+        ([[2, 3, 0]], "there is no text in it"),
+    ],
+)
+def test_ids_of_another_tokenizer_are_refused(built, packed, texts, tmp_path, ids, message):
+    tokenizer = built / "tokenizer"
+    if ids == "other order":  # of the same vocabulary
+        count = len(packed.tokenizer)
+        right = packed.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = [[5 + (7 * token) % (count - 5) for token in row] for row in right]
+    source = write_ids(tmp_path / "a.parquet", ids)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(DataError, match=message):
+        data.build([source], tmp_path / "out", tokenizer=str(tokenizer), seq_length=32, num_proc=1)
+    with pytest.raises(DataError, match="holds token ids; name the tokenizer that made them"):
+        data.build([source], tmp_path / "out", seq_length=32)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_every_option_of_a_build_is_a_key_of_a_run(tmp_path, monkeypatch):
+    from sctd_ds.run import job
+
+    given = {}
+
+    def prepare(spec, folder, **options):
+        given.update(options)
+        raise DataError("enough")
+
+    monkeypatch.setattr(data, "prepare", prepare)
+    keys = ["cased=true", "text_column=body", "validation_fraction=0.2", "dedup=true", "vocab_size=500", "seq_length=64"]
+    monkeypatch.setattr(job.ranks, "on_first", lambda function: function())
+    run = job.load("tiny", [f"pretrain.{key}" for key in keys])
+    with pytest.raises(DataError, match="enough"):
+        job.prepare_data("my.txt", run)
+    wanted = {"lowercase": False, "text_column": "body", "validation_fraction": 0.2, "dedup": True, "vocab_size": 500}
+    assert given == {**wanted, "seq_length": 64, "tokenizer": None}
+    elsewhere = {"seed", "tokenizer_sample", "num_proc", "shard", "overwrite"}  # of the order, of speed, of the command line
+    assert given.keys() | elsewhere == data.build.__kwdefaults__.keys()
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -345,8 +818,13 @@ BAD_FILES = {
         r"line 2: a number with more than 4300 digits",
     ),
     "bad.json": (b'[{"text": "a"},\n {"text" 3}]', r"bad\.json, line 2, column 10: not valid JSON"),
-    "bad.parquet": (b"PAR1 not really", r"bad\.parquet: not a readable Parquet file"),
-    "table.csv": (b"text\na\n", r"unknown file type; expected one of \.txt, "),
+    "bad.parquet": (b"PAR1 not really", r"bad\.parquet: not a readable Parquet or Arrow file"),
+    "table.xls": (b"text\na\n", r"unknown file type; expected one of \.txt, "),
+    "columns.csv": (b"id,body\n1,a\n", r"columns\.csv: no column 'text'; there are 'id', 'body'"),
+    "short.csv": (b"id,text\n1,a\n\n2\n", r"short\.csv, line 4: 1 fields, but 'text' is field 2"),
+    "broken.txt.xz": (lzma.compress(b"hello world " * 50)[:-12], r"broken\.txt\.xz: cannot be read"),
+    "nozstd.txt.zst": (b"hello", r"nozstd\.txt\.zst: cannot be read"),
+    "bad.arrow": (b"ARROW1 not really", r"bad\.arrow: not a readable Parquet or Arrow file"),
     "short.txt": (b"a few words only\n\nand a few more", r"too little text: 8 tokens in 2 documents"),
     "one.jsonl": (json.dumps({"text": "word " * 5000}).encode(), r"too little text: 5000 tokens in 1 documents"),
 }
@@ -438,7 +916,7 @@ def test_a_name_that_cannot_be_a_path_gets_one_line(tmp_path, source, message):
 @given(st.text("a \n", max_size=4 * 16))
 def test_cut_gives_the_pieces_that_cutting_off_one_after_the_other_gives(text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sctd_ds.data.sources.BLOCK", 16)
+        patch.setattr("sctd_ds.data.readers.BLOCK", 16)
         found, rest = list(cut(text)), text
         for piece in found:
             end = max(rest.rfind("\n", 1, 16), 0) or max(rest.rfind(" ", 1, 16), 0) or 16
@@ -507,8 +985,6 @@ def test_bad_settings_get_one_line(tmp_path, options, message):
     ],
 )
 def test_damaged_folder_is_refused(built, tmp_path, damage, message):
-    import shutil
-
     copy = shutil.copytree(built, tmp_path / "copy")
     kind, name = damage.split(" ")
     content = bytearray((copy / name).read_bytes())
@@ -601,7 +1077,7 @@ def test_prepare_knows_a_tokenizer_by_its_content(built, texts, tmp_path):
 def test_prepare_by_several_processes_builds_once(texts, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     code = (
-        "import sys, sctd_ds.data.packed as p; real = p.build\n"
+        "import sys, sctd_ds.data.builder as p; real = p.build\n"
         "p.build = lambda *a, **k: (print('built'), real(*a, **k))[1]\n"
         "print(p.prepare(sys.argv[1], sys.argv[2], vocab_size=300, seq_length=32))"
     )

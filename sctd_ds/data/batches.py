@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sctd_ds.data.sources import DataError
+from sctd_ds.data.files import DataError
 
 if TYPE_CHECKING:
     import datasets

@@ -1,60 +1,57 @@
-"""Text sources: files, folders, the Hub, or the Python installation itself, each a stream of documents.
+"""Sources of documents: files, folders, URLs, the Hub, or the Python installation, each cut into pieces to read apart.
 
-A document is a block between blank lines of a `.txt` file, a record of `.jsonl`, `.json`,
-`.parquet` or a Hub data set, or all docstrings of one module for "python-docs". A long block of a
-`.txt` file is cut at line ends or spaces into documents of at most 8,192 characters: so one endless
-line needs little memory and can be split between training and validation.
+The pieces depend on the source alone. Their documents, one piece after the other, are those of the whole source.
 """
 
 from __future__ import annotations
 
-import ast
-import codecs
-import gzip
+import functools
 import importlib.metadata
-import importlib.util
-import io
 import itertools
-import json
 import os
 import re
-import stat
 import sys
-import sysconfig
-import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-BLOCK = 8192  # most characters of a document in text without records
-CHUNK = 1 << 20  # bytes read at a time
-META = "meta.json"  # marks a folder as a built data set
+from sctd_ds.data import files, readers
+from sctd_ds.data.files import DataError, File, is_url, suffix
+from sctd_ds.data.python_docs import python_docs
+from sctd_ds.data.readers import READERS, TOKENS, Document, Piece
 
-_BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_PYTHON_DOCS = re.compile(r"python-docs(?::(\d+(?:\.\d+)?)(KB|MB|GB))?", re.IGNORECASE)
-_HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(?::(?P<config>[\w.-]+))?")
-_RULER = re.compile(r"^[ \t]*([^\w\s])\1{2,}[ \t]*\n", re.MULTILINE)  # underlines of headings
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+__all__ = ["DataError", "documents", "identity", "is_standard_input", "pieces", "read", "size_of"]
 
+PIECE = 1 << 24  # bytes of text that a process takes at a time, where a file can be cut
 
-class DataError(ValueError):
-    """A problem with the user's data. Its message is one line that names the place and the remedy."""
+_PYTHON_DOCS = re.compile(r"python-docs(?::(\d+(?:\.\d+)?[KMG]B))?", re.IGNORECASE)
+_HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+(?::[\w.-]+)?")
+_STANDARD_INPUT = re.compile(r"-(\.[\w.]+)?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMG]?)B", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+_RATIO = {".gz": 3.0, ".zst": 3.5, ".xz": 4.0}  # of text to its compressed size, about
+_EDGES = {".txt": re.compile(rb"\n[ \t\r]*\n"), ".jsonl": re.compile(rb"\n")}  # after which a file of text can be cut
 
 
 def documents(source: str, text_column: str) -> Iterator[str]:
-    """The documents of one source, stripped and never empty.
+    """The documents of one source of text, stripped and never empty.
 
     Raises:
         DataError: the source is missing, unreadable, not text, empty, or lacks the text column.
     """
     found = False
-    for text in _open_source(source, text_column):
-        if text := text.strip():
+    for piece in pieces(source, text_column):
+        for document in read(piece, text_column):
+            if not isinstance(document, str):
+                raise DataError(f"{piece.file}: holds token ids, expected text")
             found = True
-            yield text
+            yield document
     if not found:
-        raise DataError(f"{source}: there is no text in it (empty or blank); give a source with text")
+        raise no_text(source)
+
+
+def no_text(source: str) -> DataError:
+    return DataError(f"{source}: there is no text in it (empty or blank); give a source with text")
 
 
 def identity(source: str) -> list[str]:
@@ -63,24 +60,50 @@ def identity(source: str) -> list[str]:
         return [source, sys.version, importlib.metadata.version("torch")]
     if _is_hub(source):
         return [source]
-    stats = [(_stat(path), path.resolve()) for path in _files(source)]
-    return [f"{path} {facts.st_size} {facts.st_mtime_ns}" for facts, path in stats]
+    return [file.stamp for file in files.find(source, READERS)]
 
 
-def size(source: str) -> int:
-    """Bytes on disk; 0 if unknown before reading."""
-    if _PYTHON_DOCS.fullmatch(source) or _is_hub(source):
-        return 0
-    return sum(_stat(path).st_size for path in _files(source))
-
-
-def _open_source(source: str, text_column: str) -> Iterator[str]:
+def pieces(source: str, text_column: str) -> list[Piece]:
+    """The pieces of a source, in the order of its documents. Raises DataError."""
     if match := _PYTHON_DOCS.fullmatch(source):
-        limit = int(float(match[1]) * _UNITS[match[2].upper()]) if match[1] else None
-        return _python_docs(limit)
+        return [Piece(source, source, "python-docs", str(identity(source)), size_of(match[1]) if match[1] else 10**7)]
     if _is_hub(source):
-        return _hub(source, text_column)
-    return (text for path in _files(source) for text in _reader(path)(path, text_column))
+        return [Piece(source, source, "hub", source, 0)]
+    return [piece for file in files.find(source, READERS) for piece in _pieces_of(file, text_column)]
+
+
+def read(piece: Piece, text_column: str) -> Iterator[Document]:
+    """The documents of a piece, texts stripped, and none of them empty. Raises DataError."""
+    if match := _PYTHON_DOCS.fullmatch(piece.file):
+        found: Iterator[Document] = python_docs(size_of(match[1]) if match[1] else None)
+    else:
+        found = (readers.HUB if piece.kind == "hub" else READERS[piece.kind])(piece, text_column)
+    for document in found:
+        if isinstance(document, str):
+            document = document.strip()
+        if len(document):
+            yield document
+
+
+def size_of(text: str) -> int:
+    """Bytes that "2MB" means, or "1.5GB", "300KB", "10B". Raises ValueError for another form."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"expected a size such as 500MB or 1GB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def is_standard_input(source: str) -> bool:
+    """Whether the source is "-", or "-" and the suffix of the file that standard input is: "-.jsonl.gz"."""
+    return _STANDARD_INPUT.fullmatch(source) is not None and not os.path.exists(source)
+
+
+def standard_input_kind(source: str) -> str:
+    """The suffix that standard input has. Raises DataError for one that has no reader."""
+    kind = suffix("stdin" + source[1:]) or ".txt"
+    if kind not in READERS:
+        raise DataError(f"{source}: unknown file type; expected - followed by one of {', '.join(READERS)}")
+    return kind
 
 
 def _is_hub(source: str) -> bool:
@@ -89,285 +112,96 @@ def _is_hub(source: str) -> bool:
         return False
     path = Path(source)
     ours = path.parts[0] == "data"  # where this project's own commands put data sets, there already or not
-    return not (ours or os.path.exists(path) or path.parent.exists() or _suffix(path) in _READERS)
+    return not (ours or os.path.exists(path) or path.parent.exists() or suffix(source) in READERS)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- cutting files ---------------------------------------------------------------------------------------------------
 
 
-def _suffix(path: Path) -> str:
-    """The lower-case suffix that decides the reader; both of the last two for a `.gz` file."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    return "".join(suffixes if suffixes[-1:] == [".gz"] else suffixes[-1:])
+def _pieces_of(file: File, text_column: str) -> list[Piece]:
+    kind = suffix(file.name)
+    piece = functools.partial(Piece, file.name, file.label, kind, file.stamp)
+    if kind in (".parquet", ".arrow"):
+        return _table_pieces(file, kind, text_column)
+    if kind not in _EDGES or file.size <= PIECE:
+        return [piece(int(file.size * _RATIO.get("." + kind.rpartition(".")[2], 1)))]
+    edges = [0, *_edges(file, _EDGES[kind]), file.size]
+    return [piece(stop - start, start, stop) for start, stop in itertools.pairwise(edges)]
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
-    suffix = _suffix(path)
-    if suffix not in _READERS:
-        raise DataError(f"{path}: unknown file type; expected one of {', '.join(_READERS)}")
-    return _READERS[suffix]
-
-
-def _files(source: str) -> list[Path]:
-    """The file itself, or the text files below a folder, sorted, without hidden files and built data sets."""
-    if not source:
-        raise DataError("a source is empty (''); give a path to text, 'python-docs', or a Hub data set 'owner/name'")
-    root = Path(os.path.expanduser(source))
-    if not stat.S_ISDIR(_stat(root).st_mode):
-        _reader(root)
-        return [_regular(root)]
-    if (root / META).exists():
-        raise DataError(f"{source}: already a built data set; give the text it was built from, or use the data set itself")
-
-    def fail(error: OSError) -> None:
-        raise _unreadable(error.filename or root, error)
-
-    files: list[Path] = []
-    for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [f for f in folders if f[0] != "." and not (Path(folder) / f / META).exists()]
-        texts = [Path(folder) / name for name in names if name[0] != "." and _suffix(Path(name)) in _READERS]
-        files += map(_regular, texts)
-    if not files:
-        raise DataError(f"{source}: no text in this folder; expected files ending in {', '.join(_READERS)}")
-    return sorted(files)
-
-
-def _regular(path: Path) -> Path:
-    """The path itself. Raises DataError for a pipe or a device, from which reading may never end."""
-    if not stat.S_ISREG(_stat(path).st_mode):
-        raise DataError(f"{path}: not a regular file; give files, or remove it from the folder")
-    return path
-
-
-def _unreadable(path: str | Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be read ({error.strerror or error}); check the file and its permissions")
-
-
-def _stat(path: Path) -> os.stat_result:
+def _edges(file: File, mark: re.Pattern[bytes]) -> Iterator[int]:
+    """Places, about PIECE bytes apart, where a file of text can be cut without changing its documents."""
     try:
-        return path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            f"{path}: no such file or folder; give a path to text, 'python-docs', or a Hub data set 'owner/name'"
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: NUL in the name
-        raise _unreadable(path, OSError(*error.args)) from None
-
-
-def _decoded(path: Path) -> Iterator[str]:
-    """Text of a UTF-8 file in chunks, without a byte-order mark and with \\n as line end; gzip is decompressed."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    offset = 0  # of the first byte that the decoder has not decoded
-    try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-            while True:
-                data = file.read(CHUNK)
-                if offset == 0 and data.startswith(codecs.BOM_UTF8):
-                    data, offset = data[3:], 3
-                held = len(decoder.getstate()[0])
-                if (nul := data.find(b"\0")) >= 0:
-                    raise DataError(
-                        f"{path}: byte {offset + held + nul} is NUL, so this is not UTF-8 text but a binary file or UTF-16; "
-                        "convert it to UTF-8 first"
-                    )
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{path}: not UTF-8 at byte {offset + error.start} (0x{error.object[error.start]:02x}); "
-                        "convert it first, e.g. `iconv -f LATIN1 -t UTF-8`"
-                    ) from None
-                offset += held + len(data) - len(decoder.getstate()[0])
-                yield newlines.decode(text, final=not data)
-                if not data:
+        with files.open_file(file.name) as raw:
+            edge = 0
+            while file.size - edge > PIECE * 3 // 2:
+                found = _next_edge(raw, edge + PIECE, mark)
+                if found is None or found >= file.size:
                     return
-    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three on a damaged file
-        raise _unreadable(path, error if isinstance(error, OSError) else OSError(str(error))) from None
+                yield (edge := found)
+    except Exception as error:  # file systems behind URLs raise anything
+        raise files.unreadable(file.name, error) from None
 
 
-def cut(text: str) -> Iterator[str]:
-    """Pieces of at most BLOCK characters, cut at a line end if there is one, else at a space, else anywhere."""
-    start = 0
-    while len(text) - start > BLOCK:
-        end = text.rfind("\n", start + 1, start + BLOCK)
-        if end < 0:
-            end = text.rfind(" ", start + 1, start + BLOCK)
-        if end < 0:
-            end = start + BLOCK
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def _next_edge(raw: IO[bytes], start: int, mark: re.Pattern[bytes]) -> int | None:
+    """The first place behind a mark that begins at byte `start` or later; None if there is none."""
+    raw.seek(start)
+    window = b""
+    while data := raw.read(1 << 16):
+        window = window[-4096:] + data
+        if match := mark.search(window):
+            return start + len(data) - len(window) + match.end()
+        start += len(data)
+    return None
 
 
-def _text(path: Path, text_column: str) -> Iterator[str]:
-    rest = ""
-    for chunk in _decoded(path):
-        *blocks, rest = _BLANK_LINES.split(rest + chunk)
-        for block in blocks:
-            yield from cut(block)
-        *pieces, rest = cut(rest)
-        yield from pieces
-    yield rest
-
-
-def _lines(path: Path) -> Iterator[str]:
-    parts: list[str] = []
-    for chunk in _decoded(path):
-        first, *others = chunk.split("\n")
-        parts.append(first)
-        for line in others:
-            yield "".join(parts)
-            parts = [line]
-    yield "".join(parts)
-
-
-def _json_lines(path: Path, text_column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            yield _field(_parsed(line, path, number), text_column, f"{path}, line {number}")
-
-
-def _json(path: Path, text_column: str) -> Iterator[str]:
-    """An array of objects, or JSON lines in a `.json` file."""
-    start = next((chunk.lstrip()[:1] for chunk in _decoded(path) if chunk.strip()), "")
-    if start != "[":
-        yield from _json_lines(path, text_column)
-        return
-    records = _parsed("".join(_decoded(path)), path, 1)
-    assert isinstance(records, list)
-    for number, record in enumerate(records, start=1):
-        yield _field(record, text_column, f"{path}, record {number}")
-
-
-def _parsed(text: str, path: Path, line: int) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {line + error.lineno - 1}, column {error.colno}: not valid JSON ({error.msg}); "
-            "expected one object per line, or an array of objects in a .json file"
-        ) from None
-    except RecursionError:
-        raise DataError(f"{path}, line {line}: JSON nested too deeply; expected flat objects") from None
-    except ValueError:
-        raise DataError(f"{path}, line {line}: a number with more than {sys.get_int_max_str_digits()} digits") from None
-
-
-def _field(record: object, column: str, place: str) -> str:
-    """The text of a record; null counts as empty, because exporters write empty text as null."""
-    if not isinstance(record, dict):
-        raise DataError(f"{place}: expected an object with a column '{column}', got {type(record).__name__}")
-    if column not in record:
-        raise DataError(f"{place}: no column '{column}'; there are {_names(record)}: choose one (text_column, --text-column)")
-    text = record[column]
-    if not isinstance(text, str | None):
-        raise DataError(f"{place}: column '{column}' holds {type(text).__name__}, expected a string")
-    if text and _SURROGATE.search(text):
-        raise DataError(f"{place}: column '{column}' holds half a surrogate pair, which is not valid text; fix the record")
-    return text or ""
-
-
-def _names(columns: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in columns) or "none"
-
-
-def _parquet(path: Path, text_column: str) -> Iterator[str]:
+def _table_pieces(file: File, kind: str, text_column: str) -> list[Piece]:
+    """Row groups of a Parquet file, or batches of an Arrow file, that hold about PIECE bytes of text."""
     import pyarrow
+
+    try:
+        with files.open_file(file.name) as raw:
+            names, sizes = _parquet_sizes(raw, text_column) if kind == ".parquet" else _arrow_sizes(raw, file)
+    except (pyarrow.ArrowException, EOFError) as error:
+        raise readers.not_a_table(file.name, error) from None
+    except Exception as error:
+        raise files.unreadable(file.name, error) from None
+    if text_column not in names and TOKENS not in names:
+        raise DataError(f"{file.name}: {readers._no_column(text_column, names)}")
+    found, start, held = [], 0, 0
+    for number, size in enumerate(sizes, start=1):
+        held += size
+        if held >= PIECE or number == len(sizes):
+            found.append(Piece(file.name, file.label, kind, file.stamp, held, start, number, text_column not in names))
+            start, held = number, 0
+    return found
+
+
+def _parquet_sizes(raw: IO[bytes], text_column: str) -> tuple[list[str], list[int]]:
+    """The columns, and the bytes of text in each row group."""
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if text_column not in columns:
-                raise DataError(
-                    f"{path}: no column '{text_column}'; there are {_names(columns)}: choose one (text_column, --text-column)"
-                )
-            for batch in file.iter_batches(batch_size=1000, columns=[text_column]):
-                for text in batch.column(0).to_pylist():
-                    yield _field({text_column: text}, text_column, str(path))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    with pyarrow.parquet.ParquetFile(raw) as table:
+        sizes = []
+        for group in (table.metadata.row_group(number) for number in range(table.num_row_groups)):
+            columns = [group.column(number) for number in range(group.num_columns)]
+            of_text = [c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] == text_column]
+            sizes.append(sum(of_text) or group.total_byte_size)
+        return table.schema_arrow.names, sizes
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".txt": _text,
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".parquet": _parquet,
-    ".txt.gz": _text,
-    ".jsonl.gz": _json_lines,
-    ".json.gz": _json,
-}
+def _arrow_sizes(raw: IO[bytes], file: File) -> tuple[list[str], list[int]]:
+    """The columns, and the bytes of each batch."""
+    source = raw if is_url(file.name) else _memory_map(file.name)
+    names: list[str] = []
+    sizes = []
+    for batch in readers.arrow_reader(source):
+        names = batch.schema.names
+        sizes.append(batch.nbytes)
+    return names, sizes
 
 
-# --- the Hub, and Python's own documentation -------------------------------------------------------------------------
+def _memory_map(name: str) -> IO[bytes]:
+    import pyarrow
 
-
-def _hub(source: str, text_column: str) -> Iterator[str]:
-    import datasets
-
-    match = _HUB.fullmatch(source)
-    assert match is not None
-    try:
-        rows = datasets.load_dataset(match["name"], match["config"], split="train", streaming=True)
-        for record in rows:
-            yield _field(record, text_column, source)
-    except DataError:
-        raise
-    except Exception as error:  # networks, servers and foreign files raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{source}: no such path here, and it could not be read as a Hub data set ({reason}); "
-            "check the name and the connection"
-        ) from None
-
-
-def _python_docs(limit: int | None) -> Iterator[str]:
-    """English text from the Python installation, cut off after the document that reaches `limit` bytes of UTF-8.
-
-    First the language reference (`pydoc_data.topics`), then the docstrings of the standard library,
-    then those of torch. Modules are parsed, never imported; equal docstrings appear once.
-    """
-    from pydoc_data.topics import topics
-
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    torch_spec = importlib.util.find_spec("torch")
-    assert torch_spec is not None and torch_spec.submodule_search_locations
-    modules = itertools.chain(_sources(stdlib), _sources(Path(torch_spec.submodule_search_locations[0])))
-    seen: set[str] = set()
-    reference = (topics[name] for name in sorted(topics))
-    docstrings = (_docstrings(path, seen) for path in modules)
-    total = 0
-    for text in itertools.chain(reference, docstrings):
-        for piece in cut(_RULER.sub("", text)):
-            if limit is not None and total >= limit:
-                return
-            total += len(piece.encode())
-            yield piece
-
-
-def _sources(root: Path) -> list[Path]:
-    """Python files below a folder, sorted, without installed packages and tests."""
-    skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-    return sorted(path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts))
-
-
-def _docstrings(path: Path, seen: set[str]) -> str:
-    """All docstrings of a file that are not in `seen`, separated by blank lines; none if the file does not parse."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in installed modules
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            return ""
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and text not in seen:
-                seen.add(text)
-                found.append(text)
-    return "\n\n".join(found)
+    return pyarrow.memory_map(name)

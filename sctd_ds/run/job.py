@@ -72,7 +72,11 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
             Path("data") / "cache",
             tokenizer=options.tokenizer or options.trained_model,
             vocab_size=options.vocab_size,
+            lowercase=not options.cased,
             seq_length=options.seq_length,
+            text_column=options.text_column,
+            validation_fraction=options.validation_fraction,
+            dedup=options.dedup,
         )
         start = time.perf_counter()
         size = sum(size for size, _ in data.load(path, seq_length=options.seq_length, verify=True).meta.files.values())
