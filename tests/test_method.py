@@ -21,7 +21,7 @@ import sctd_ds
 from helpers import oracle
 from helpers.host_stops import HostStops
 from helpers.oracle import Batch, Method, ModernSizes, Sizes
-from sctd_ds.adapters.special_tokens import of_tokenizer
+from sctd_ds.method.state import of_tokenizer
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 VOCAB, WIDTH, HEADS, POSITIONS = 61, 32, 2, 40

@@ -22,11 +22,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sctd_ds.adapters.special_tokens import of_tokenizer
 from sctd_ds.config import ConfigError, ScTDConfig, sctd_block
 from sctd_ds.integrations.export import IMPORTANCE, write_importance
 from sctd_ds.method.convert import convert, importance, set_mode, state_of
 from sctd_ds.method.objective import PARTS
+from sctd_ds.method.state import of_tokenizer
 from sctd_ds.method.schedule import MODES, Mode, dropping_phase, step_mode
 
 if TYPE_CHECKING:

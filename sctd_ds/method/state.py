@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sctd_ds.adapters import Adapter, Batch, find_adapter
-from sctd_ds.adapters.special_tokens import released_special_ids
+from sctd_ds.adapters.special_tokens import released_special_ids, special_ids
 from sctd_ds.config import ConfigError, ScTDConfig
 from sctd_ds.method.encoder import Encoder
 from sctd_ds.method.labels import Labelled, locate_labels
@@ -92,6 +92,18 @@ def check_trainable(adapter: Adapter) -> None:
             "no parameter of the encoder's layers is trainable (requires_grad): token dropping saves work in training them. "
             "Unfreeze layers, or train without sctd_ds"
         )
+
+
+def of_tokenizer(config: ScTDConfig, tokenizer: Any) -> ScTDConfig:
+    """The method with the ids of a tokenizer: of `keep_token_ids` "auto", and of `document_mask` true. Raises ConfigError."""
+    found: dict[str, Any] = {}
+    if config.keep_token_ids == "auto":
+        found["keep_token_ids"] = special_ids(tokenizer)
+    if config.document_mask is True:
+        found["document_mask"] = getattr(tokenizer, "sep_token_id", None)
+        if found["document_mask"] is None:
+            raise ConfigError("sctd.document_mask is true, but the tokenizer has no separator: set it to an id, or to false")
+    return config.model_copy(update=found)
 
 
 def resolve_keep_ids(config: ScTDConfig, vocabulary: int) -> list[int]:

@@ -19,7 +19,6 @@ from torch import nn
 
 from sctd_ds import data
 from sctd_ds.adapters.architectures import ARCHITECTURES, DEFAULT, PRESETS, Architecture
-from sctd_ds.adapters.special_tokens import of_tokenizer
 from sctd_ds.config import ConfigError, PretrainConfig, ScTDConfig, one_line, problems, short
 from sctd_ds.deepspeed_schema import model_of
 from sctd_ds.engine.pipeline import check_stages
@@ -27,6 +26,7 @@ from sctd_ds.integrations import apex
 from sctd_ds.integrations.export import WEIGHTS, read_importance
 from sctd_ds.method.convert import convert, importance, state_of
 from sctd_ds.method.plan import LayerPlan
+from sctd_ds.method.state import of_tokenizer
 from sctd_ds.run.settings import RunConfig
 
 logger = logging.getLogger(__name__)
