@@ -26,8 +26,8 @@ from sctd_ds.config import ConfigError, ScTDConfig, sctd_block
 from sctd_ds.integrations.export import IMPORTANCE, write_importance
 from sctd_ds.method.convert import convert, importance, set_mode, state_of
 from sctd_ds.method.objective import PARTS
-from sctd_ds.method.state import of_tokenizer
 from sctd_ds.method.schedule import MODES, Mode, dropping_phase, step_mode
+from sctd_ds.method.state import of_tokenizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
