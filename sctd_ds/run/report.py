@@ -14,16 +14,15 @@ import numpy as np
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from sctd_ds.adapters.architectures import ARCHITECTURES
 from sctd_ds.data import PackedData, unigram_loss
 from sctd_ds.integrations.export import export
+from sctd_ds.method.convert import state_of
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 from sctd_ds.method.plan import kept_tokens
 from sctd_ds.method.schedule import dense_phases, mode_shares, modes
 from sctd_ds.run import metrics, output, samples
 from sctd_ds.run.environment import Environment, peak_flops, versions
 from sctd_ds.run.metrics import METRICS, Event, Record
-from sctd_ds.run.models import model_config
 from sctd_ds.run.probe import HUGGING_FACE, Probe
 from sctd_ds.run.samples import Sample
 from sctd_ds.run.settings import RunConfig
@@ -37,6 +36,8 @@ class Report:
     """
 
     name: str
+    architecture: str | None
+    """The model's family: "BERT", "RoBERTa" or "ModernBERT"; None before it is built."""
     method: str
     steps: int
     planned_steps: int
@@ -96,6 +97,7 @@ def build(
     records: Sequence[Record] = (),
     packed: PackedData | None = None,
     read: Sequence[Sample] = (),
+    architecture: str | None = None,
 ) -> Report:
     """The report of a run with these records and samples on this data; without any, what its settings and the probe say."""
     train, validation = metrics.of("train", records), metrics.of("validation", records)
@@ -108,6 +110,7 @@ def build(
     peak = peak_flops(environment.device)
     return Report(
         name=run.name,
+        architecture=architecture,
         method=run.sctd.method,
         steps=train[-1]["step"] if train else 0,
         planned_steps=run.pretrain.steps,
@@ -167,7 +170,7 @@ def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe:
         return
     records = metrics.read(folder / "metrics.jsonl")
     read = samples.read(engine.module, packed, folder) if run.pretrain.stages == 1 else []
-    report = build(run, shape, probe, records, packed, read)
+    report = build(run, shape, probe, records, packed, read, state_of(engine.module).adapter.family)
     with output.errors(folder / "model"):
         export(engine, folder / "model", tokenizer, card(report, run, packed.meta.sources))
     with output.replacing(folder / "report.json") as partial:
@@ -233,7 +236,7 @@ def saving_lines(report: Report) -> list[str]:
 
 def card(report: Report, run: RunConfig, sources: Sequence[str]) -> str:
     """The exported model's README. sources: of the training text."""
-    sctd, family = run.sctd, ARCHITECTURES[model_config(run.pretrain).model_type].adapter.family
+    sctd, family = run.sctd, report.architecture
     dropping = f"{sctd.drop_ratio:.0%} of the tokens skip the middle layers"
     how = {
         "dense": "plain masked-language-model pretraining",
