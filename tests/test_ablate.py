@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ from sctd_ds.integrations.export import ImportanceTable, read_importance
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 from sctd_ds.method.schedule import MODES, mean_cost
 from sctd_ds.method.selection import PINNED
-from sctd_ds.run.settings import load
+from sctd_ds.run.models import model_config
+from sctd_ds.run.settings import RunConfig, load
 
 
 def ablation_options(out: Path, **changes) -> Namespace:
@@ -303,15 +305,24 @@ def test_operations_are_counted_against_the_base_s_depth_whatever_is_finished(tm
     assert found == pytest.approx({variant: expected[variant] for variant in finished})
 
 
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 @pytest.mark.parametrize("last_layer", ["all", "labelled"])
-def test_every_variant_counts_its_operations_in_dense_steps_of_the_base(tmp_path, last_layer):
+def test_every_variant_counts_its_operations_in_dense_steps_of_the_base(tmp_path, last_layer, architecture):
     """Its own report suffices, because a variant changes a dense step only by its number of layers."""
-    options = ablation_options(tmp_path, seeds=1, overrides=[f"sctd.last_layer={last_layer}"])
+    overrides = [f"sctd.last_layer={last_layer}"]
+    if architecture == "modernbert":
+        model = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 96}
+        overrides.append("pretrain.model=" + json.dumps({**model, "model_type": architecture, "local_attention": 4}))
+    options = ablation_options(tmp_path, seeds=1, overrides=overrides)
     base = load(options.config, options.overrides)
-    dense = sequence_flops(tiny_shape(6), base.sctd, "dense")
+
+    def shape_of(run: RunConfig) -> Shape:
+        return replace(Shape.of(model_config(run.pretrain), length=16, labels=2), vocabulary=1024)
+
+    dense = sequence_flops(shape_of(base), base.sctd, "dense")
     for run in in_order(plan(options)):
         config = configured(run, options)[0]
-        shape = tiny_shape(config.pretrain.model["num_hidden_layers"])
+        shape = shape_of(config)
         cost = {mode: sequence_flops(shape, config.sctd, mode) for mode in MODES}
         report = {"flops_saved": flops_saved(shape, config.sctd), "flops_per_sequence": cost}
         assert operations(run, report, base) == pytest.approx(mean_cost(config.sctd, cost) / dense), run.name

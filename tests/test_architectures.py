@@ -245,7 +245,8 @@ def test_the_recipe_reports_both_mask_rates_and_what_a_step_computes(modern_run)
     assert report["steps"] == 6 and set(report["step_ms"]) == {"dense", "drop", "align", "huggingface"}
     assert report["validation"].keys() >= {"loss_full", "loss_15", "loss_drop", "kl_last"}
     assert report["validated_on"]["mlm_probability"] == 0.3 and 0 < report["flops_saved"] < 0.3
-    assert compare.read(modern_run).loss == report["validation"]["loss_15"]
+    finished = compare.read(modern_run)
+    assert finished.loss == report["validation"]["loss_15"] and finished.report["validated_on"]["mlm_probability"] == 0.15
     assert "A ModernBERT masked language model" in (modern_run / "model" / "README.md").read_text()
 
 

@@ -19,7 +19,7 @@ from sctd_ds.integrations.hub import model_card
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
 REPORT = {
     "name": "tiny",
-    "family": "BERT",
+    "architecture": "BERT",
     "trained_model": None,
     "validation": {"loss_full": 2.34567},
     "validated_on": {"fingerprint": "0123abcd", "rows": 8, "seq_length": 16, "mlm_probability": 0.15},

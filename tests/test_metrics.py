@@ -217,8 +217,8 @@ def test_report_json_keeps_its_keys(tmp_path):
     probe = Probe(step_ms={"dense": 4.0, "drop": 3.0, "align": 5.0}, bubble_share={"dense": 0.1})
     run = job.load(settings())
     written = json.loads(json.dumps(report.build(run, SHAPE, probe, record(tmp_path)).to_json()))
-    wanted = """name method steps planned_steps loss trained_model validation validated_on validation_before unigram_loss
-    samples flops_saved flops_per_sequence
+    wanted = """name architecture method steps planned_steps loss trained_model validation validated_on validation_before
+    unigram_loss samples flops_saved flops_per_sequence
     kept_token_share mode_shares dense_phases run_step_ms samples_per_s tokens_per_s time_saved
     time_saved_against_huggingface step_ms mfu
     peak_memory_bytes environment ranks stages micro_batches bubble_share global_batch seq_length probe"""

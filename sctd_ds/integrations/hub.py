@@ -89,8 +89,8 @@ def model_card(report: Mapping[str, Any], method: ScTDConfig, sources: Sequence[
 ---
 # {report["name"]}
 
-A {report["family"]} masked language model, pretrained with sctd_ds {report["environment"]["sctd_ds"]} by {_how(method)}.
-Loaded from here it is a plain {report["family"]} that sees every token in every layer.
+A {report["architecture"]} masked language model, pretrained with sctd_ds {report["environment"]["sctd_ds"]} by {_how(method)}.
+Loaded from here it is a plain {report["architecture"]} that sees every token in every layer.
 
 | | |
 |---|---|

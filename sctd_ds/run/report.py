@@ -14,17 +14,16 @@ import numpy as np
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from sctd_ds.adapters.architectures import ARCHITECTURES
 from sctd_ds.data import PackedData, unigram_loss
 from sctd_ds.integrations.export import export
 from sctd_ds.integrations.hub import model_card
+from sctd_ds.method.convert import state_of
 from sctd_ds.method.flops import Shape, flops_saved, sequence_flops
 from sctd_ds.method.plan import kept_tokens
 from sctd_ds.method.schedule import dense_phases, mode_shares, modes
 from sctd_ds.run import metrics, output, samples
 from sctd_ds.run.environment import Environment, peak_flops, versions
 from sctd_ds.run.metrics import METRICS, Event, Record
-from sctd_ds.run.models import model_config
 from sctd_ds.run.probe import HUGGING_FACE, Probe
 from sctd_ds.run.samples import Sample
 from sctd_ds.run.settings import RunConfig
@@ -38,8 +37,8 @@ class Report:
     """
 
     name: str
-    family: str
-    """Of the model, for example "BERT"."""
+    architecture: str | None
+    """The model's family: "BERT", "RoBERTa" or "ModernBERT"; None before it is built."""
     method: str
     steps: int
     planned_steps: int
@@ -99,6 +98,7 @@ def build(
     records: Sequence[Record] = (),
     packed: PackedData | None = None,
     read: Sequence[Sample] = (),
+    architecture: str | None = None,
 ) -> Report:
     """The report of a run with these records and samples on this data; without any, what its settings and the probe say."""
     train, validation = metrics.of("train", records), metrics.of("validation", records)
@@ -111,7 +111,7 @@ def build(
     peak = peak_flops(environment.device)
     return Report(
         name=run.name,
-        family=ARCHITECTURES[model_config(run.pretrain).model_type].adapter.family,
+        architecture=architecture,
         method=run.sctd.method,
         steps=train[-1]["step"] if train else 0,
         planned_steps=run.pretrain.steps,
@@ -171,7 +171,7 @@ def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe:
         return
     records = metrics.read(folder / "metrics.jsonl")
     read = samples.read(engine.module, packed, folder) if run.pretrain.stages == 1 else []
-    report = build(run, shape, probe, records, packed, read)
+    report = build(run, shape, probe, records, packed, read, state_of(engine.module).adapter.family)
     card = model_card(report.to_json(), run.sctd, packed.meta.sources)
     with output.errors(folder / "model"):
         export(engine, folder / "model", tokenizer, str(card))
