@@ -25,7 +25,6 @@ import argparse
 import itertools
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,28 +37,6 @@ from benchmarks.equal_compute_training import Text, make_trunk, read_text, run, 
 from sctd_ds.config import ConfigError
 from sctd_ds.data import DataError
 from sctd_ds.run.output import OutputError
-
-HELP = {
-    "budget": "from scratch: dense steps whose operations an arm spends",
-    "trunk_steps": "dense steps of the shared trunk",
-    "trunk_budget": "from the trunk: dense steps whose operations an arm spends",
-    "rate": "peak learning rate",
-    "warmup": "steps of linear warm-up",
-    "layers": "encoder layers",
-    "hidden": "hidden size",
-    "heads": "attention heads",
-    "intermediate": "width of the feed-forward layers",
-    "length": "tokens per row",
-    "rows": "rows per step",
-    "text": 'what the arms learn: "language", "language:SEED" (other words), or a source of `python -m sctd_ds.data build`',
-    "trunk_text": "what the trunk learned; its vocabulary covers both texts",
-    "dropout": "dropout of hidden states and attention",
-    "initializer": "standard deviation of the first weights",
-    "documents": "documents of a generated language",
-    "lexicon": "size of a generated language's lexicon, against the default one",
-    "vocabulary": "most entries of the vocabulary",
-    "labels": "labelled tokens of the validation set, at least",
-}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,10 +52,10 @@ def parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="print the names of all arms and end")
     add("--tables-only", action="store_true", help="write the tables of what is finished and end")
     group = made.add_argument_group("model, data and budget, the same for all runs of a folder")
-    for field in fields(Study):
-        kind, about = type(field.default), f"{HELP[field.name]} (default: %(default)s)"
+    for name, field in Study.model_fields.items():
+        kind, about = type(field.default), f"{field.description} (default: %(default)s)"
         metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-        group.add_argument(flag(field.name), type=kind, default=field.default, metavar=metavar, help=about)
+        group.add_argument(flag(name), type=kind, default=field.default, metavar=metavar, help=about)
     return made
 
 
@@ -105,7 +82,7 @@ def carry_out(options: argparse.Namespace) -> None:
     """Make the runs that are missing, one seed after the other, and then the tables."""
     if options.out is None:
         raise ConfigError("--out DIR is missing")
-    study = Study(**{field.name: getattr(options, field.name) for field in fields(Study)})
+    study = Study(**{name: getattr(options, name) for name in Study.model_fields})
     check(study, options.seeds)
     if not options.tables_only:
         arms = choose(options.arms, options.regime)
@@ -124,10 +101,9 @@ def carry_out(options: argparse.Namespace) -> None:
 
 def check(study: Study, seeds: list[int]) -> None:
     """Raise ConfigError for values that no run can have."""
-    for field in fields(Study):
-        value, may_be_zero = getattr(study, field.name), field.name in ("warmup", "dropout")
-        if not isinstance(value, str) and (value < 0 or (value == 0 and not may_be_zero)):
-            raise ConfigError(f"{flag(field.name)} {value}: expected more than 0")
+    for name, value in study:
+        if not isinstance(value, str) and (value < 0 or (value == 0 and name not in ("warmup", "dropout"))):
+            raise ConfigError(f"{flag(name)} {value}: expected more than 0")
     if study.layers < 4:
         raise ConfigError(f"--layers {study.layers}: dropping tokens needs at least 4")
     if study.hidden % study.heads:

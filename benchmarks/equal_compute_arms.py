@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
 
 from sctd_ds.config import ConfigError, ScTDConfig
 from sctd_ds.method.flops import Shape, sequence_flops
@@ -71,49 +73,54 @@ ARMS: dict[str, Arm] = _arms()
 DEFAULT = ("dense-*", "fewer-*", *(f"{name}-{start:g}" for name in ("token_drop", "sctd", "random") for start in STARTS))
 
 
-@dataclass(frozen=True)
-class Study:
+class Study(BaseModel):
     """What all runs of a folder have in common: model, data, rate and budgets. Its values stand in every run's file."""
 
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
     budget: int = 2000
-    """From scratch: dense steps whose operations an arm may spend."""
+    """from scratch: dense steps whose operations an arm spends"""
     trunk_steps: int = 1500
-    """Dense steps of the shared trunk."""
+    """dense steps of the shared trunk"""
     trunk_budget: int = 800
-    """From the trunk: dense steps whose operations an arm may spend."""
+    """from the trunk: dense steps whose operations an arm spends"""
     rate: float = 2e-3
-    """Peak learning rate."""
+    """peak learning rate"""
     warmup: int = 100
-    """Steps of linear warm-up."""
+    """steps of linear warm-up"""
     layers: int = 8
+    """encoder layers"""
     hidden: int = 64
+    """hidden size"""
     heads: int = 2
+    """attention heads"""
     intermediate: int = 256
+    """width of the feed-forward layers"""
     length: int = 32
-    """Tokens per row, [CLS] and [SEP] included."""
+    """tokens per row, [CLS] and [SEP] included"""
     rows: int = 48
-    """Rows per step."""
+    """rows per step"""
     text: str = "language"
-    """What the arms learn: "language", the generated one, "language:SEED" for one with other words, or what `data.build`
-    takes as a source."""
+    """what the arms learn: "language", "language:SEED" (other words), or a source of `python -m sctd_ds.data build`"""
     trunk_text: str = "language"
-    """What the trunk learned."""
+    """what the trunk learned; its vocabulary covers both texts"""
     dropout: float = 0.1
+    """dropout of hidden states and attention"""
     initializer: float = 0.02
-    """Standard deviation of the first weights."""
+    """standard deviation of the first weights"""
     documents: int = 120_000
-    """Documents of a generated language, training and held-out together."""
+    """documents of a generated language, training and held-out together"""
     lexicon: float = 1.0
-    """Size of a generated language's lexicon against the default one."""
+    """size of a generated language's lexicon, against the default one"""
     vocabulary: int = 8000
-    """Most entries of the vocabulary."""
+    """most entries of the vocabulary"""
     labels: int = 100_000
-    """Labelled tokens of the validation set, at least."""
+    """labelled tokens of the validation set, at least"""
 
     def settings(self, regime: Regime) -> dict[str, Any]:
         """The values that matter in a regime."""
         other = ("budget",) if regime == "trunk" else ("trunk_steps", "trunk_budget", "trunk_text")
-        return {name: value for name, value in asdict(self).items() if name not in other}
+        return {name: value for name, value in self.model_dump().items() if name not in other}
 
     def budget_of(self, regime: Regime) -> int:
         """The budget in dense steps."""

@@ -143,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Ranks
     ranks.init_distributed()
+    ranks.on_all(lambda: None)  # where another node has refused its input, its ranks tell
     rank = dist.get_rank()
     if arguments.write_control:
         packed = job.prepare_data(source, run)
@@ -317,4 +318,6 @@ def run_and_report(argv: list[str] | None = None) -> int:
     rank = dist.get_rank() if together else int(os.environ.get("LOCAL_RANK", "0"))
     if rank == 0 or (together and not getattr(problem, "shared", False)):
         print(f"pretrain: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr)
+    if not together:
+        ranks.tell(problem)
     return status

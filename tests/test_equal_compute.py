@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -255,17 +254,17 @@ def test_wrong_arguments_are_one_line(arguments, words, capsys, tmp_path, monkey
 
 def test_a_held_out_set_with_too_few_labels_is_refused(text, tmp_path):
     with pytest.raises(ConfigError, match="raise --documents"):
-        read_text(replace(TINY, labels=10**6), tmp_path, "scratch")
+        read_text(TINY.model_copy(update={"labels": 10**6}), tmp_path, "scratch")
 
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
     """Another language than that of the trunk."""
-    return read_text(replace(TINY, text="language:1"), tmp_path_factory.mktemp("moved"), "trunk")
+    return read_text(TINY.model_copy(update={"text": "language:1"}), tmp_path_factory.mktemp("moved"), "trunk")
 
 
 def test_a_trunk_of_another_text_shares_the_vocabulary_and_no_rows(text, moved, tmp_path):
-    study = replace(TINY, text="language:1")
+    study = TINY.model_copy(update={"text": "language:1"})
     vocabulary = moved.packed.tokenizer.get_vocab()
     assert vocabulary == moved.trunk.tokenizer.get_vocab() != text.packed.tokenizer.get_vocab()
     assert moved.trunk.meta.fingerprint != moved.packed.meta.fingerprint and text.trunk is text.packed
@@ -279,10 +278,12 @@ def test_a_trunk_of_another_text_shares_the_vocabulary_and_no_rows(text, moved, 
 def test_a_source_of_text_is_used_as_it_is(tmp_path):
     source = tmp_path / "my.txt"
     source.write_text("\n\n".join(f"A sentence about the number {i} and nothing else at all ." for i in range(400)))
-    read = read_text(replace(TINY, text=str(source), labels=20, vocabulary=200), tmp_path / "data", "scratch")
+    read = read_text(
+        TINY.model_copy(update={"text": str(source), "labels": 20, "vocabulary": 200}), tmp_path / "data", "scratch"
+    )
     assert "sentence" in read.packed.tokenizer.get_vocab() and len(read.packed.tokenizer) <= 200
     with pytest.raises(ConfigError, match="language:x: expected"):
-        read_text(replace(TINY, text="language:x"), tmp_path / "data", "scratch")
+        read_text(TINY.model_copy(update={"text": "language:x"}), tmp_path / "data", "scratch")
 
 
 def test_list_names_every_arm_and_help_every_setting(capsys):

@@ -76,6 +76,14 @@ def test_a_node_without_the_data_is_named_with_the_remedy(nodes, small_data, tmp
     assert f"{nodes[1] / 'data' / 'cache'}" in first[1] and "build them with `python -m sctd_ds.data build`" in first[1]
 
 
+def test_a_node_that_refuses_its_input_does_not_keep_the_others_waiting(nodes, small_data, tmp_path):
+    shutil.copytree(small_data, nodes[0] / "built")
+    first, second = launch(nodes, "--data", "built", "--output", tmp_path / "run")
+    assert first[0] == second[0] == 2
+    assert "pretrain: built: no such file or folder" in first[1] and "(on rank 1)" in first[1]
+    assert second[1].count("no such file or folder") == 1
+
+
 def test_nodes_with_different_data_are_refused(nodes, small_data, tmp_path):
     documents = (small_data.parent / "text.txt").read_text().split("\n\n")
     (tmp_path / "other.txt").write_text("\n\n".join(reversed(documents)))

@@ -5,6 +5,9 @@
 
 An attack is a function of a yard and a seeded generator. It returns in peace if the run held: it went on to the end where an
 undisturbed run ends, bit for bit, or was refused in words. Otherwise it raises `Broken`, with the way in which it broke.
+
+A run of one process is forked from a server that has imported what it needs, so a kill takes seconds, and imports, which
+write nothing, are not attacked.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ import argparse
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -28,13 +31,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import psutil
 import torch.utils.cpp_extension
 
 from helpers import ROOT, mutations
-from helpers.launch import launch_command, launch_environment
+from helpers.launch import free_port, launch_command, launch_environment, run_pretrain
 from helpers.runs import assert_same_end, build_small_data, settings, write_settings
 from sctd_ds import data
 from sctd_ds.config import ConfigError
@@ -76,7 +80,7 @@ def attack(repeat: int = 1) -> Callable[[Attack], Attack]:
 class Launch:
     """A started launch."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkServerProcess
     log: Path
     port: str
 
@@ -87,12 +91,20 @@ class Launch:
             return [top, *top.children(recursive=True)]
         return []
 
+    def status(self, seconds: float = 0) -> int | None:
+        """Exit status, if the launch ends in so many seconds."""
+        if isinstance(self.process, ForkServerProcess):
+            self.process.join(seconds)
+            return self.process.exitcode
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(seconds)
+        return None
+
     def wait(self) -> tuple[int, str]:
         """Exit status and output. Raises Broken for a launch that does not end."""
-        try:
-            status = self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            raise Broken("hang", f"did not end within {PATIENCE} s: {self.text()[-200:]}") from None
+        status = self.status(PATIENCE)
+        if status is None:
+            raise Broken("hang", f"did not end within {PATIENCE} s: {self.text()[-200:]}")
         return status, self.text()
 
     def text(self) -> str:
@@ -110,25 +122,29 @@ class Yard:
         self.extensions = folder / "extensions"  # a kill during a compilation must not lock that of others
         compiled = Path(torch.utils.cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)).parent
         shutil.copytree(compiled, self.extensions, ignore=shutil.ignore_patterns("lock"))
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(self.extensions)
+        leaks = "ignore::UserWarning:multiprocessing.resource_tracker"  # which names what a killed process left
+        os.environ.update(launch_environment(), TORCH_EXTENSIONS_DIR=str(self.extensions), PYTHONWARNINGS=leaks)
+        self._server = multiprocessing.get_context("forkserver")
+        self._server.set_forkserver_preload(["helpers.launch", "sctd_ds.pretrain"])
         self.whole = folder / "whole"
         status, text = self.start(self.whole).wait()
         assert status == 0, text[-3000:]
 
     def start(self, output: Path, *arguments: object, ranks: int = 0, largest_file: int | None = None) -> Launch:
         """Start the run in `output`: one rank without a launcher, or `ranks` of them with one."""
-        common = [ROOT / "pretrain.py", "--deepspeed_config", self.file, "--data", self.data, "--output", output, *arguments]
-        command = launch_command(*common, ranks=max(ranks, 1))
-        port = command[command.index("--master_port") + 1]
-        environment = {**launch_environment(), "PYTHONUNBUFFERED": "1"}
-        if not ranks:
-            command = [sys.executable, *map(str, common)]
-            environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2)) if largest_file else None
+        common = ["--deepspeed_config", self.file, "--data", self.data, "--output", output, *arguments]
         log = self.folder / f"launch_{len(self.launches)}.log"
-        with log.open("wb") as file:
-            how = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": self.folder, "env": environment}
-            process = subprocess.Popen(command, start_new_session=True, preexec_fn=limit, **how)
+        if ranks:
+            command = launch_command(ROOT / "pretrain.py", *common, ranks=ranks)
+            port = command[command.index("--master_port") + 1]
+            environment = {**launch_environment(), "PYTHONUNBUFFERED": "1"}
+            with log.open("wb") as file:
+                how = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": self.folder, "env": environment}
+                process = subprocess.Popen(command, start_new_session=True, **how)
+        else:
+            port = str(free_port())
+            process = self._server.Process(target=run_pretrain, args=(common, log, self.folder, port, largest_file))
+            process.start()
         self.launches.append(Launch(process, log, port))
         return self.launches[-1]
 
@@ -163,7 +179,7 @@ class Yard:
             with contextlib.suppress(psutil.NoSuchProcess):  # psutil tells a process from a later one with its number
                 process.kill()
         for launch in self.launches:
-            launch.process.wait()
+            launch.status(PATIENCE)
             for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{launch.port}_*"):
                 left.unlink()
         self.launches.clear()
@@ -358,7 +374,7 @@ def kills(yard: Yard, random_: random.Random) -> None:
         "checkpoints/latest",
         "report.json",
         "model/*",
-        "",
+        "never",
     )
     for _ in range(random_.randint(1, 3)):
         launch, stage, later = yard.start(output), random_.choice(stages), random_.expovariate(4)
@@ -377,7 +393,7 @@ def kills(yard: Yard, random_: random.Random) -> None:
 def wait_for(happened: Callable[[], object], launch: Launch, seconds: float) -> None:
     """Wait until something happened, the launch ended or the time is over."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not happened() and launch.process.poll() is None:
+    while time.monotonic() < deadline and not happened() and launch.status() is None:
         time.sleep(0.002)
 
 

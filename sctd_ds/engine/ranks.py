@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -21,8 +22,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed.distributed_c10d import _get_default_store
 
+from sctd_ds.config import ConfigError, one_line
 from sctd_ds.engine import place
 from sctd_ds.engine.operations import compiling
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -117,6 +121,30 @@ def on_all(work: Callable[[], T]) -> T:
     dist.barrier()  # unlike a wait at the store, it notices a rank that was killed
     _raise_first(error, [json.loads(store.get(f"{key}/{rank}")) for rank in range(dist.get_world_size())])
     return result  # type: ignore[return-value]
+
+
+def tell(error: Exception) -> None:
+    """Tell the other ranks of a failure before all have met, which they hear of in their first `on_all`.
+
+    Without it, ranks on nodes where nothing fails would wait for this one, for half an hour.
+    """
+
+    def fail() -> None:
+        raise error
+
+    try:
+        alone = place.find().world == 1
+    except ConfigError:  # nobody knows who the others are
+        return
+    if alone:
+        return
+    try:
+        init_distributed()
+    except RuntimeError as reason:  # of torch.distributed: they did not come
+        logger.error("the other ranks could not be told: %s", one_line(reason))
+        return
+    with suppress(Exception):  # the failure itself, which the caller has said, and those of other ranks
+        on_all(fail)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

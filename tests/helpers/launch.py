@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from helpers import ROOT
@@ -65,3 +67,21 @@ def launch_environment(device: str = "cpu") -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k not in (*LAUNCHER_VARIABLES, "TRITON_INTERPRET")}
     paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**environment, "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": device, "OMP_NUM_THREADS": "1"}
+
+
+def run_pretrain(arguments: Sequence[object], log: Path, folder: Path, port: str, largest_file: int | None = None) -> None:
+    """Be a run of one rank, and end this process as pretrain.py would; it was forked for that.
+
+    log: gets stdout and stderr. largest_file: bytes beyond which no file can grow, as on a full disk.
+    """
+    from sctd_ds.pretrain import run_and_report
+
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    with log.open("wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    sys.exit(run_and_report([str(argument) for argument in arguments]))
