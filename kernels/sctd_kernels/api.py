@@ -1,7 +1,7 @@
 """The public functions: they check their arguments, choose a backend and call it.
 
-`backend="auto"` runs the Triton kernel for CUDA tensors, allocates what it would for meta tensors, which hold no values, and runs
-the torch reference elsewhere; `"triton"` and `"torch"` force one.
+`backend="auto"` runs the Triton kernel for CUDA tensors and the torch reference elsewhere; `"triton"` and `"torch"` force one.
+For meta tensors, which hold no values, it allocates what the Triton kernel would.
 Under `TRITON_INTERPRET=1` (set before importing triton) `"triton"` also takes CPU tensors, which is slow and meant for tests.
 Wrong arguments raise ValueError in one line. No function makes the host wait for the device, so *values* are not checked:
 `kept` and `slot` must come from `select_tokens`.

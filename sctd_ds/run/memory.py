@@ -174,20 +174,20 @@ def engine_states(run: RunConfig, parameters: int, gpu: bool) -> tuple[dict[str,
     moments, temporary = _optimizer_bytes(run.apex_optimizer or config.get("optimizer") or {})
     shared = ranks if stage else 1
     states = {"parameters": width * n}
-    master_in_optimizer = stage == 1 and width < sums  # DeepSpeed's BF16_Optimizer
-    if stage and not gpu and not master_in_optimizer:
+    sums_apart = stage == 1 and width < sums  # for bf16 DeepSpeed then builds its BF16_Optimizer
+    if stage and not gpu and not sums_apart:
         states["parameters"] += width * n  # where the device is the host, the tensors from before ZeRO stay
     if stage == 0 and width == 4:
         return {**states, "optimizer": moments * n, "gradients": 4 * n}, (4 if ranks > 1 else 0) * n
     states["optimizer"] = (4 + moments) * n // shared
     if stage == 2:
         states["gradients"] = sums * n // shared
-    elif master_in_optimizer:
+    elif sums_apart:
         states["gradients"] = (sums + width) * n
     else:
         states["gradients"] = width * n
-    if stage:
-        block: Block = config["zero_optimization"] if isinstance(config["zero_optimization"], dict) else {}
+    block: Block = config["zero_optimization"] if stage and isinstance(config["zero_optimization"], dict) else {}
+    if stage and block.get("contiguous_gradients", True):
         buffers = 2 if block.get("overlap_comm") and ranks > 1 else 1
         size = int(block.get("reduce_bucket_size", 5e8))
         states["buckets"] = (size if gpu else min(size, n)) * width * buffers  # a host has no pages for what is never written
