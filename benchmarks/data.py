@@ -57,6 +57,8 @@ def documents(size: int, seed: int = 0) -> Iterator[str]:
             text = " ".join(document)
             held += len(text) + 2
             yield text
+            if held >= size:
+                return
 
 
 def _word(rank: int, syllables: list[str]) -> str:

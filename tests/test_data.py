@@ -28,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
+from benchmarks import data as benchmark
 from sctd_ds import data
 from sctd_ds.data import DataError, Loader, Masker, builder, parts, rows, sources, split, validation_batches, workers
 from sctd_ds.data.__main__ import main
@@ -321,6 +322,7 @@ def test_a_failure_after_reading_leaves_nothing(texts, tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
+from benchmarks import data as benchmark
 from sctd_ds import data
 from sctd_ds.data import parts, sources
 sources.PIECE = parts.PIECE = 20_000
@@ -1330,3 +1332,20 @@ def test_validation_is_the_same_for_every_run_and_world(tokenizer):
         shares = [batches(rank=rank, world=world, max_batches=limit) for rank in range(world)]
         together = [batch for turn in itertools.zip_longest(*shares) for batch in turn if batch]
         assert len(together) == (limit or 6) and all(same(a, b) for a, b in zip(whole, together, strict=False))
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmarks_text_is_like_english_and_a_build_of_it_is_measured(tmp_path):
+    texts = list(benchmark.documents(3_000_000))
+    assert texts == list(benchmark.documents(3_000_000)) and 3_000_000 < sum(len(text) + 2 for text in texts) < 3_020_000
+    words = " ".join(texts).split(" ")
+    assert 0.08 < len(set(words)) / len(words) < 0.14  # 0.09 in Python's documentation
+    (tmp_path / "text.txt").write_text("\n\n".join(texts[:200]))
+    (tmp_path / "work").mkdir()
+    first = data.build([str(tmp_path / "text.txt")], tmp_path / "first", vocab_size=2000)
+    row = benchmark.measure(tmp_path / "text.txt", tmp_path / "work" / "built", first / "tokenizer", num_proc=1)
+    assert data.load(tmp_path / "work" / "built", verify=True).meta.fingerprint == data.load(first).meta.fingerprint
+    assert 0 < row.cpu_s and 0 < row.wall_s and row.one_process == 1 and 0.05 < row.peak_memory_gb < 5
+    assert 0.3 < row.disk_per_text <= row.peak_disk_per_text < 2.5
