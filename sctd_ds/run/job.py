@@ -27,6 +27,9 @@ from sctd_ds.run.settings import RunConfig
 
 logger = logging.getLogger(__name__)
 
+ANNOUNCED = 1000
+"""Megabytes of data from which their check is announced, because it takes seconds."""
+
 
 def load(
     source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), world_size: int = 1, method: str | None = None
@@ -78,9 +81,13 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
             validation_fraction=options.validation_fraction,
             dedup=options.dedup,
         )
+        files = data.load(path, seq_length=options.seq_length).meta.files
+        megabytes = sum(size for size, _ in files.values()) / 1e6
+        if megabytes > ANNOUNCED:
+            logger.info("%s: reading %.0f MB once, to see that they are as they were built", path, megabytes)
         start = time.perf_counter()
-        size = sum(size for size, _ in data.load(path, seq_length=options.seq_length, verify=True).meta.files.values())
-        logger.info("%s: %.1f MB are as they were built (SHA-256, %.1f s)", path, size / 1e6, time.perf_counter() - start)
+        data.load(path, verify=True)
+        logger.info("%s: %.1f MB are as they were built (SHA-256, %.1f s)", path, megabytes, time.perf_counter() - start)
         return str(path)
 
     def load() -> data.PackedData:
