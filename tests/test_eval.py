@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from sctd_ds.config import ScTDConfig
 from sctd_ds.eval import EvalError, analysis, baseline, finetune, report, scores, sources, synthetic, training
 from sctd_ds.eval.__main__ import main
 from sctd_ds.eval.finetune import Limits
@@ -22,6 +23,7 @@ from sctd_ds.eval.grammar import main as write_grammar
 from sctd_ds.eval.store import Model, remember
 from sctd_ds.eval.tasks import PROBES, SUITES, TASKS
 from sctd_ds.method import passes
+from sctd_ds.method.convert import convert
 from sctd_ds.method.selection import PINNED
 from sctd_ds.run.metrics import METRICS
 
@@ -394,6 +396,7 @@ def test_scores_of_a_model_that_trains_are_those_of_the_probe(model_folder, synt
     monkeypatch.setattr(analysis, "estimate_importance", lambda *_: None)  # of the dropped pass
     network = transformers.AutoModelForMaskedLM.from_pretrained(model_folder).train()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    convert(network, ScTDConfig(keep_token_ids=[1]))
     random = torch.get_rng_state()
     found = training.score(network, tokenizer, tasks, longest=64)
     assert network.training and torch.equal(torch.get_rng_state(), random)

@@ -17,6 +17,7 @@ import torch
 from sctd_ds.eval.analysis import Examples, by_length, drawn, linear_probe
 from sctd_ds.eval.sources import EvalError, load_probe
 from sctd_ds.eval.tasks import PROBES
+from sctd_ds.method.convert import state_of
 
 TRAIN, EVAL = 2000, 1000
 """At most so many examples to train a probe, and to choose its penalty and to test it."""
@@ -40,7 +41,7 @@ def load(folder: str) -> dict[str, Examples]:
 def score(model: Any, tokenizer: Any, tasks: Mapping[str, Examples], longest: int) -> dict[str, float]:
     """Test accuracy (%) of a linear probe on the mean of a sentence's states after layer l-1, by task.
 
-    model: a masked LM of Hugging Face; it stays in training or evaluation, and nothing random is drawn. longest: tokens of a
+    model: a converted masked LM; it stays in training or evaluation, and nothing random is drawn. longest: tokens of a
     sentence that are read.
     """
     training = model.training
@@ -55,10 +56,10 @@ def score(model: Any, tokenizer: Any, tasks: Mapping[str, Examples], longest: in
 
 def _embed(model: Any, tokenizer: Any, sentences: Sequence[str], longest: int) -> np.ndarray:
     """[N, d] fp32."""
-    network = model.base_model  # without the head
+    network, norm = model.base_model, state_of(model).adapter.final_norm  # without the head
     device = next(network.parameters()).device
     found = np.empty((len(sentences), network.config.hidden_size), dtype=np.float32)
     for numbers, ids in by_length(tokenizer, sentences, longest):
         states = network(input_ids=ids.to(device), output_hidden_states=True).hidden_states[-2]
-        found[numbers] = states.float().mean(dim=1).cpu().numpy()
+        found[numbers] = norm(states).float().mean(dim=1).cpu().numpy()
     return found
