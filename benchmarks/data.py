@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -137,9 +138,10 @@ def _cpu(process: psutil.Process) -> float:
 def _size(folder: Path, text: Path) -> int:
     """Bytes of all files below a folder, without the text."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path != text and path.is_file() else 0
+    for parent, _, names in os.walk(folder):  # which passes over what a build deletes meanwhile
+        for path in (Path(parent, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                total += path.stat().st_size if path != text else 0
     return total
 
 
