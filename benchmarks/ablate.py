@@ -38,7 +38,8 @@ from benchmarks.ablation_tables import BEGAN, LAYERS, REPORT, Run, Runs, in_orde
 from benchmarks.harness import ROOT
 from sctd_ds import data
 from sctd_ds.config import MAY_DIFFER_IN_TABLE, ConfigError, differences
-from sctd_ds.data.sources import META, documents, identity
+from sctd_ds.data.files import META
+from sctd_ds.data.sources import documents, identity
 from sctd_ds.eval import EvalError
 from sctd_ds.eval.store import Model, fingerprint
 from sctd_ds.eval.synthetic import MARK

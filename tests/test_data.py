@@ -343,18 +343,18 @@ def test_a_killed_build_goes_on_with_its_parts_and_ends_the_same(texts, tmp_path
     write, made = parts._write, []
     monkeypatch.setattr(parts, "_write", lambda path, *rest: (made.append(path), write(path, *rest))[1])
     options = {"vocab_size": 300, "seq_length": 32, "num_proc": 1}
-    whole, count = data.build([source], tmp_path / "whole", **options), len(made)
-    made.clear()
+    whole = data.build([source], tmp_path / "whole", **options)
     assert subprocess.run([sys.executable, "-c", KILLED, source, str(out)], check=False).returncode == -9 and not out.exists()
-    finished = sorted((tmp_path / ".out.building" / "parts").glob("*.safetensors"))
-    assert len(finished) == 3 < count
+    order, finished = [path.name for path in made], list((tmp_path / ".out.building" / "parts").glob("*.safetensors"))
+    finished.sort(key=lambda path: order.index(path.name))
+    made.clear()
+    assert [path.name for path in finished] == order[:3] and len(order) > 4
     content = bytearray(finished[1].read_bytes())
     content[-9] ^= 1
     finished[1].write_bytes(content)
     (finished[1].parent / "half-written.safetensors.123").write_bytes(b"x")
     data.build([source], out, **options)
-    assert [path.name for path in made] == sorted({path.name for path in made} - {finished[0].name, finished[2].name})
-    assert len(made) == count - 2 and finished[1].name in {path.name for path in made}
+    assert [path.name for path in made] == [order[1], *order[3:]]
     assert data.load(out, verify=True).meta == data.load(whole).meta
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out", "whole"]
 
@@ -546,6 +546,43 @@ def test_shares_of_several_machines_merge_to_one_build(one_build, tmp_path, coun
     wanted = data.load(one).meta
     assert (merged.files, merged.fingerprint, merged.settings) == (wanted.files, wanted.fingerprint, wanted.settings)
     assert (merged.documents, merged.text_bytes) == (wanted.documents, wanted.text_bytes)
+
+
+def test_a_share_killed_at_its_very_end_keeps_its_parts(one_build, tmp_path, monkeypatch):
+    source, _ = one_build
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "_put_in_place", stop)
+        with pytest.raises(KeyboardInterrupt):
+            data.build([source], tmp_path / "share", **OPTIONS, shard=(1, 1), num_proc=1)
+    monkeypatch.setattr(parts, "_write", None)  # nothing is tokenized again
+    share = data.build([source], tmp_path / "share", **OPTIONS, shard=(1, 1), num_proc=1)
+    assert len(list((share / "parts").iterdir())) > 3 and not (tmp_path / ".share.building").exists()
+
+
+def test_a_corrected_file_costs_its_own_parts_only(built, texts, tmp_path, small_pieces, monkeypatch):
+    """The wrong one is the last of three, and the correction moves nothing of the others."""
+    folder, out = tmp_path / "text", tmp_path / "out"
+    folder.mkdir()
+    for name in "ac":
+        write_jsonl(folder / f"{name}.jsonl", [*texts[:200], name])
+    with (folder / "c.jsonl").open("a") as file:
+        file.write("{\n")
+    monkeypatch.setattr(builder, "KEPT", 1)
+    options = {"tokenizer": str(built / "tokenizer"), "seq_length": 32, "num_proc": 1}
+    with pytest.raises(DataError, match=r"c\.jsonl, line 202"):
+        data.build([str(folder)], out, **options)
+    before = {path.name for path in (tmp_path / ".out.building" / "parts").iterdir()}
+    write_jsonl(folder / "c.jsonl", texts[:300])
+    write_jsonl(folder / "b.jsonl", texts[:50])
+    write, made = parts._write, []
+    monkeypatch.setattr(parts, "_write", lambda path, *rest: (made.append(path.name), write(path, *rest))[1])
+    data.build([str(folder)], out, **options)
+    of_a = [parts.Job(out, out, "", "text", 0).file(part) for part in parts.plan([str(folder / "a.jsonl")], "text")]
+    assert len(before) > len(of_a) and made and not before & set(made)
 
 
 def test_shares_that_do_not_fit_together_are_refused(one_build, tmp_path):
@@ -952,7 +989,7 @@ def test_cut_copies_a_text_once(separator):
         ({"vocab_size": 5}, "vocab_size must be above"),
         ({"vocab_size": 10}, r"is too small for the characters of this text; give at least \d+"),
         ({"validation_fraction": 1.0}, r"validation_fraction must lie in \[0, 1\)"),
-        ({"seed": -1}, "seed >= 0"),
+        ({"seed": -1}, "0 <= seed"),
         ({"tokenizer": "TOKENIZER"}, "the tokenizer has no cls, sep, mask token"),
         ({"tokenizer": "EMPTY"}, "cannot be loaded as a tokenizer"),
     ],

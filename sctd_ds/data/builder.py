@@ -169,6 +169,7 @@ def build(
         tok = given or _train(planned, sources[0], settings, staging, workers)
         _replace(tok, staging / "tokenizer")
         job = Job(staging / "parts", staging / "tokenizer", digest(tok), text_column, seed)
+        _forget_others(mine, job)
         _forecast(mine, job, settings, tok, workers.count, packs=shard is None)
         finished = _tokenize(mine, job, workers)
         if shard is None:
@@ -310,8 +311,8 @@ def _check_settings(sources: Sequence[str], settings: Settings, num_proc: int | 
         raise DataError(f"tokenizer_sample must be at least one byte, got {settings.tokenizer_sample}")
     if not 0 <= settings.validation_fraction < 1:
         raise DataError(f"validation_fraction must lie in [0, 1), got {settings.validation_fraction}")
-    if settings.seed < 0 or (num_proc is not None and num_proc < 1):
-        raise DataError(f"expected seed >= 0 and num_proc >= 1, got seed={settings.seed}, {num_proc=}")
+    if not 0 <= settings.seed < 2**64 or (num_proc is not None and num_proc < 1):
+        raise DataError(f"expected 0 <= seed < 2**64 and num_proc >= 1, got seed={settings.seed}, {num_proc=}")
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise DataError(f"expected a share i of n with 1 <= i <= n, got {shard[0]}/{shard[1]}")
     inputs = sum(map(is_standard_input, sources))
@@ -366,7 +367,7 @@ def _staging(out: Path) -> Iterator[Path]:
         (staging / "parts").mkdir(parents=True, exist_ok=True)
         yield staging
     except BaseException as error:
-        finished = list((staging / "parts").glob(f"*{parts.SUFFIX}"))
+        finished = list(staging.rglob(f"*{parts.SUFFIX}"))
         size = sum(file.stat().st_size for file in finished)
         if size == 0 or (isinstance(error, Exception) and size < KEPT):
             shutil.rmtree(staging, ignore_errors=True)
@@ -491,11 +492,15 @@ def _forecast(
         )
 
 
-def _tokenize(mine: Sequence[Part], job: Job, workers: Workers) -> list[Finished]:
+def _forget_others(mine: Sequence[Part], job: Job) -> None:
+    """Delete what a killed build left of other text or of another tokenizer, or half-written."""
     wanted = {job.file(part).name for part in mine}
     for left in job.folder.iterdir():
-        if left.name not in wanted:  # of other text or another tokenizer, or half-written
+        if left.name not in wanted:
             left.unlink()
+
+
+def _tokenize(mine: Sequence[Part], job: Job, workers: Workers) -> list[Finished]:
     facts: dict[int, Facts] = {}
     with progress("tokenizing", sum(part.size for part in mine)) as shown:
         for number, found in workers.each(functools.partial(parts.tokenize, job), mine):

@@ -82,8 +82,9 @@ class Job:
     seed: int
 
     def file(self, part: Part) -> Path:
+        """The part's file; parts of equal content, as of a file that is given twice, share one."""
         key = [self.tokenizer_digest, self.text_column, self.seed, [asdict(piece) for piece in part.pieces]]
-        return self.folder / f"{part.number:06}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}{SUFFIX}"
+        return self.folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}{SUFFIX}"
 
 
 # --- tokenizing ------------------------------------------------------------------------------------------------------

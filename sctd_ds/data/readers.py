@@ -185,7 +185,7 @@ def _field(record: object, column: str) -> str:
     if not isinstance(record, dict):
         raise _BadRecord(f": expected an object with a column '{column}', got {type(record).__name__}")
     if column not in record:
-        raise _BadRecord(f": {_no_column(column, record)}")
+        raise _BadRecord(f": {no_column(column, record)}")
     text = record[column]
     if not isinstance(text, str | None):
         raise _BadRecord(f": column '{column}' holds {type(text).__name__}, expected a string")
@@ -194,7 +194,7 @@ def _field(record: object, column: str) -> str:
     return text or ""
 
 
-def _no_column(column: str, columns: Iterable[str]) -> str:
+def no_column(column: str, columns: Iterable[str]) -> str:
     names = ", ".join(f"'{name}'" for name in columns) or "none"
     return f"no column '{column}'; there are {names}: choose one (text_column, --text-column)"
 
@@ -205,7 +205,7 @@ def _csv(piece: Piece, column: str) -> Iterator[str]:
     rows = csv.reader((line + "\n" for line in _lines(piece)), delimiter="\t" if ".tsv" in piece.kind else ",")
     header = next((row for row in rows if row), [])
     if column not in header:
-        raise DataError(f"{piece.file}: {_no_column(column, header)}")
+        raise DataError(f"{piece.file}: {no_column(column, header)}")
     place = header.index(column)
     for row in rows:
         if len(row) > place:
@@ -282,7 +282,7 @@ def _ids(column: Any, piece: Piece) -> Iterator[np.ndarray]:
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-def _hub(piece: Piece, column: str) -> Iterator[str]:
+def hub(piece: Piece, column: str) -> Iterator[str]:
     import datasets
 
     name, _, config = piece.file.partition(":")
@@ -309,4 +309,3 @@ READERS: dict[str, Reader] = {
     **{kind + packed: reader for kind, reader in TEXT_READERS.items() for packed in COMPRESSIONS},
 }
 """By the suffix of a file. Text may be compressed."""
-HUB: Reader = _hub

@@ -77,7 +77,7 @@ def read(piece: Piece, text_column: str) -> Iterator[Document]:
     if match := _PYTHON_DOCS.fullmatch(piece.file):
         found: Iterator[Document] = python_docs(size_of(match[1]) if match[1] else None)
     else:
-        found = (readers.HUB if piece.kind == "hub" else READERS[piece.kind])(piece, text_column)
+        found = (readers.hub if piece.kind == "hub" else READERS[piece.kind])(piece, text_column)
     for document in found:
         if isinstance(document, str):
             document = document.strip()
@@ -167,7 +167,7 @@ def _table_pieces(file: File, kind: str, text_column: str) -> list[Piece]:
     except Exception as error:
         raise files.unreadable(file.name, error) from None
     if text_column not in names and TOKENS not in names:
-        raise DataError(f"{file.name}: {readers._no_column(text_column, names)}")
+        raise DataError(f"{file.name}: {readers.no_column(text_column, names)}")
     found, start, held = [], 0, 0
     for number, size in enumerate(sizes, start=1):
         held += size

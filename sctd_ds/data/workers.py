@@ -76,8 +76,8 @@ class Workers:
                     yield waiting.pop(done), done.result()
         except BrokenProcessPool:
             raise DataError(
-                "a process of the build ended, probably for want of memory: repeat the command with fewer --num-proc (a script of "
-                'your own has to call build below `if __name__ == "__main__":`, or with num_proc=1)'
+                "a process of the build ended, probably for want of memory: repeat the command with fewer --num-proc. (A "
+                'script of your own has to call build below `if __name__ == "__main__":`, or with num_proc=1.)'
             ) from None
 
 
