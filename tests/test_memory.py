@@ -89,6 +89,16 @@ def test_a_layer_on_a_gpu_keeps_what_the_literature_says():
     assert peaks[5] - peaks[4] == pytest.approx(ROWS * LENGTH * (34 * hidden + 4 * heads + 16), rel=1e-3)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"model_type": "modernbert", "local_attention": 8}], ids=["bert", "modernbert"])
+def test_masks_inside_of_rows_take_memory(sizes):
+    """Those of documents, and of ModernBERT's windows."""
+    dense, masked = (
+        compute(run_of(sizes=sizes, bf16={"enabled": True}, sctd={"method": "dense", **more}), PACKED, gpu=True).step["dense"]
+        for more in ({}, {"document_mask": True})
+    )
+    assert masked >= dense + ROWS * LENGTH**2
+
+
 def test_modes_and_rows_take_what_they_should():
     def needs(rows=ROWS, steps_timed=0, **sctd):
         precision = {"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": rows}

@@ -158,13 +158,17 @@ def describe(model: transformers.PreTrainedModel, run: RunConfig, packed: data.P
     if options.trained_model:
         size += f" of {options.trained_model}"
     rows = f"{len(packed.train):,} rows of {options.seq_length} tokens to train on, {len(packed.validation):,} to validate"
-    stages = f" of {options.stages} stages"
-    replica = ("rank", "ranks") if options.stages == 1 else (f"pipeline{stages}", f"pipelines{stages}")
-    step = f"{counted(run.world_size, *replica)} x {counted(run.micro_batch, 'row', 'rows')} x "
-    step += counted(run.accumulation, "micro-batch", "micro-batches")
     dense = " and ".join(f"{first} to {last}" for first, last in dense_phases(run.sctd))
     phases = f"; steps {dense} are dense" if dense else ""
-    return f"{run.name}: {size}, {rows}; a step is {step}{phases}"
+    return f"{run.name}: {size}, {rows}; a step is {_step(run)}{phases}"
+
+
+def _step(run: RunConfig) -> str:
+    """What a step consists of."""
+    stages = f" of {run.pretrain.stages} stages"
+    replica = ("rank", "ranks") if run.pretrain.stages == 1 else (f"pipeline{stages}", f"pipelines{stages}")
+    parts = (run.world_size, *replica), (run.micro_batch, "row", "rows"), (run.accumulation, "micro-batch", "micro-batches")
+    return " x ".join(counted(*part) for part in parts)
 
 
 def forecast(run: RunConfig, packed: data.PackedData, measured: Probe) -> str:
@@ -187,8 +191,6 @@ def forecast(run: RunConfig, packed: data.PackedData, measured: Probe) -> str:
 def forecast_elsewhere(run: RunConfig, packed: data.PackedData, machine: Machine) -> str:
     """What a dry run says about another machine. Raises ConfigError for a run whose memory cannot be computed."""
     needs = compute(run, packed, gpu=True)
-    devices = f"{machine.devices} device{'s' if machine.devices > 1 else ''}"
-    step = f"{run.world_size} ranks x {run.micro_batch} rows x {run.accumulation} micro-batches"
-    lines = [f"  on {devices}{' ' * (14 - len(devices))}a step is {step}", *needs.lines(machine)]
+    lines = [f"  on {counted(machine.devices, 'device', 'devices'):<14}a step is {_step(run)}", *needs.lines(machine)]
     lines.append(f"  operations saved {flops_saved(shape_of(run, packed), run.sctd):.1%} against our dense step")
     return "\n".join([*lines, "  times            not measured: they need that machine"])

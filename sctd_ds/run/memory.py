@@ -224,7 +224,7 @@ def allocated(model: nn.Module, mode: Mode | Literal["huggingface"], rows: int, 
     """The most bytes that forward and backward of one micro-batch allocate at a time, beside the engine's states.
 
     model: converted, in its training precision, and of tensors without data, or real ones. mode: "huggingface" is the untouched
-    model's forward. Rows are full, so they have no attention mask. step: the optimizer step, which chooses the rows of a
+    model's forward. Rows are full, so padding needs no mask. step: the optimizer step, which chooses the rows of a
     "spread" step.
     """
     ids = torch.zeros(rows, length, dtype=torch.long, device=next(model.parameters()).device)
@@ -309,8 +309,11 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **others: Any
 ) -> Tensor:
-    """others: whether it is causal and its scale, which take no memory."""
-    if query.dtype == torch.float32:  # flash and cuDNN have no fp32
-        return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, True, dropout_p)[0]
-    assert attn_mask is None, "rows are full"
-    return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p)[0]
+    """As `adapters.attention` chooses kernels: flash and cuDNN have neither fp32 nor masks.
+
+    others: whether it is causal and its scale, which take no memory.
+    """
+    if query.dtype != torch.float32 and attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p)[0]
+    bias = None if attn_mask is None else attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+    return aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p)[0]
