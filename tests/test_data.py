@@ -208,7 +208,7 @@ def test_help_names_no_default_of_cased(capsys):
     with pytest.raises(SystemExit):
         main(["build", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "keeps case and accents --seq-length" in text
+    assert "keeps case and accents --tokenizer-sample" in text
 
 
 @pytest.mark.parametrize("option", [{"seed": 1}, {"seq_length": 48}, {"lowercase": False}, {"vocab_size": 200}])

@@ -44,13 +44,13 @@ _calls = itertools.count()
 
 def init_distributed() -> None:
     """deepspeed.init_distributed, if it has not run yet, on this rank's own device, whatever started the rank."""
-    place.find()
+    here = place.find()
     remove_leaked_memory()
     with compiling():
         deepspeed.init_distributed(verbose=False)
     # DeepSpeed sets the device in its engine only; a collective before that would find every rank on the first device.
-    if get_accelerator().device_name() != "cpu" and "LOCAL_RANK" in os.environ:
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(here.local_rank)
 
 
 def release_shared_memory() -> None:

@@ -81,12 +81,11 @@ def prepare_data(spec: str | list[str], run: RunConfig) -> data.PackedData:
             validation_fraction=options.validation_fraction,
             dedup=options.dedup,
         )
-        files = data.load(path, seq_length=options.seq_length).meta.files
-        megabytes = sum(size for size, _ in files.values()) / 1e6
+        megabytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
         if megabytes > ANNOUNCED:
             logger.info("%s: reading %.0f MB once, to see that they are as they were built", path, megabytes)
         start = time.perf_counter()
-        data.load(path, verify=True)
+        data.load(path, seq_length=options.seq_length, verify=True)
         logger.info("%s: %.1f MB are as they were built (SHA-256, %.1f s)", path, megabytes, time.perf_counter() - start)
         return str(path)
 

@@ -172,11 +172,11 @@ def finish(engine: Any, run: RunConfig, packed: PackedData, shape: Shape, probe:
     records = metrics.read(folder / "metrics.jsonl")
     read = samples.read(engine.module, packed, folder) if run.pretrain.stages == 1 else []
     report = build(run, shape, probe, records, packed, read, state_of(engine.module).adapter.family)
-    card = model_card(report.to_json(), run.sctd, packed.meta.sources)
+    content = report.to_json()
     with output.errors(folder / "model"):
-        export(engine, folder / "model", tokenizer, str(card))
+        export(engine, folder / "model", tokenizer, str(model_card(content, run.sctd, packed.meta.sources)))
     with output.replacing(folder / "report.json") as partial:
-        partial.write_text(json.dumps(report.to_json(), indent=2), encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
     with output.replacing(folder / "report.png") as partial:
         plot(report, records, partial)
     print(text(report, folder))
