@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -130,7 +131,7 @@ class Yard:
         status, text = self.start(self.whole).wait()
         assert status == 0, text[-3000:]
 
-    def start(self, output: Path, *arguments: object, ranks: int = 0, largest_file: int | None = None) -> Launch:
+    def start(self, output: Path, *arguments: object, ranks: int = 0) -> Launch:
         """Start the run in `output`: one rank without a launcher, or `ranks` of them with one."""
         common = ["--deepspeed_config", self.file, "--data", self.data, "--output", output, *arguments]
         log = self.folder / f"launch_{len(self.launches)}.log"
@@ -143,7 +144,7 @@ class Yard:
                 process = subprocess.Popen(command, start_new_session=True, **how)
         else:
             port = str(free_port())
-            process = self._server.Process(target=run_pretrain, args=(common, log, self.folder, port, largest_file))
+            process = self._server.Process(target=run_pretrain, args=(common, log, self.folder, port))
             process.start()
         self.launches.append(Launch(process, log, port))
         return self.launches[-1]
@@ -445,9 +446,15 @@ def pickles(yard: Yard, random_: random.Random) -> None:
 
 @attack()
 def full_disks(yard: Yard, random_: random.Random) -> None:
-    """Writes fail beyond some size of a file, as on a full disk: the run stops in words, and goes on where there is room."""
+    """From some moment writes fail beyond some size of a file, as on a full disk: the run stops in words, and goes on where
+    there is room."""
     output = yard.folder / "run"
-    status, text = yard.start(output, largest_file=random_.choice([200, 2000, 20_000, 100_000, 300_000])).wait()
+    stage, limit = random_.choice(["metrics.jsonl", "checkpoints/step_*4", "report.json"]), random_.choice([20_000, 100_000])
+    launch = yard.start(output)  # its log stays below the limit
+    wait_for(lambda: list(output.glob(stage)), launch, PATIENCE)
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        resource.prlimit(launch.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    status, text = launch.wait()
     expect_words(status, text, REFUSED, 0)
     yard.finish(output)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -69,11 +68,8 @@ def launch_environment(device: str = "cpu") -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": device, "OMP_NUM_THREADS": "1"}
 
 
-def run_pretrain(arguments: Sequence[object], log: Path, folder: Path, port: str, largest_file: int | None = None) -> None:
-    """Be a run of one rank, and end this process as pretrain.py would; it was forked for that.
-
-    log: gets stdout and stderr. largest_file: bytes beyond which no file can grow, as on a full disk.
-    """
+def run_pretrain(arguments: Sequence[object], log: Path, folder: Path, port: str) -> None:
+    """Be a run of one rank, and end this process as pretrain.py would; it was forked for that. log: gets stdout and stderr."""
     from sctd_ds.pretrain import run_and_report
 
     os.setsid()
@@ -82,6 +78,4 @@ def run_pretrain(arguments: Sequence[object], log: Path, folder: Path, port: str
     with log.open("wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    if largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.exit(run_and_report([str(argument) for argument in arguments]))
