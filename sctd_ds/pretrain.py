@@ -144,16 +144,15 @@ def main(argv: list[str] | None = None) -> int:
 
     # Ranks
     ranks.init_distributed()
-    ranks.on_all(lambda: None)  # where another node has refused its input, its ranks tell
     rank = dist.get_rank()
+    # The first that all ranks do together: here they hear of a node that has refused its input.
+    probes = ranks.on_all(lambda: training.load(options.evaluate) if options.evaluate and rank == 0 else {})
     if arguments.write_control:
         packed = job.prepare_data(source, run)
         ranks.on_first(lambda: control.write(run, job.shape_of(run, packed), source, arguments.write_control))
         return 0
     if options.deterministic:
         job.be_deterministic()
-
-    probes = ranks.on_all(lambda: training.load(options.evaluate) if options.evaluate and rank == 0 else {})
 
     # Checkpoint to start from
     if not arguments.dry_run:
