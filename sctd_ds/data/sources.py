@@ -20,8 +20,6 @@ from sctd_ds.data.files import DataError, File, is_url, suffix
 from sctd_ds.data.python_docs import python_docs
 from sctd_ds.data.readers import READERS, TOKENS, Document, Piece
 
-__all__ = ["DataError", "documents", "identity", "is_standard_input", "pieces", "read", "size_of"]
-
 PIECE = 1 << 24  # bytes of text that a process takes at a time, where a file can be cut
 
 _PYTHON_DOCS = re.compile(r"python-docs(?::(\d+(?:\.\d+)?[KMG]B))?", re.IGNORECASE)
@@ -192,16 +190,12 @@ def _parquet_sizes(raw: IO[bytes], text_column: str) -> tuple[list[str], list[in
 
 def _arrow_sizes(raw: IO[bytes], file: File) -> tuple[list[str], list[int]]:
     """The columns, and the bytes of each batch."""
-    source = raw if is_url(file.name) else _memory_map(file.name)
+    import pyarrow
+
+    source = raw if is_url(file.name) else pyarrow.memory_map(file.name)  # which reads the batches' sizes alone
     names: list[str] = []
     sizes = []
     for batch in readers.arrow_reader(source):
         names = batch.schema.names
         sizes.append(batch.nbytes)
     return names, sizes
-
-
-def _memory_map(name: str) -> IO[bytes]:
-    import pyarrow
-
-    return pyarrow.memory_map(name)

@@ -22,7 +22,8 @@ from typing import Any
 import transformers
 from tqdm import tqdm
 
-from sctd_ds.data.sources import DataError, documents
+from sctd_ds.data import DataError
+from sctd_ds.data.sources import documents
 from sctd_ds.eval import analysis, baseline, finetune, report, sources, synthetic
 from sctd_ds.eval.sources import EvalError
 from sctd_ds.eval.store import Model, fingerprint, remember

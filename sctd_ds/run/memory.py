@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from sctd_ds import data
 from sctd_ds.config import Block, ConfigError, did_you_mean
 from sctd_ds.deepspeed_json import zero_stage
-from sctd_ds.deepspeed_schema import optimizer_class
+from sctd_ds.deepspeed_schema import ADAM_SWITCHES, optimizer_class
 from sctd_ds.integrations import apex
 from sctd_ds.method.convert import convert, set_mode
 from sctd_ds.method.schedule import Mode, modes
@@ -209,8 +209,8 @@ def _optimizer_bytes(block: Block) -> tuple[int, int]:
     if not built.__module__.startswith("torch.optim"):  # DeepSpeed's fused ones, which would have to be compiled
         return (4 if kind.lower() == "lion" else 8), 0
     weight = nn.Parameter(torch.ones(64, device="cpu"))
-    unknown = ("torch_adam", "adam_w_mode", "fp32_optimizer_states", "fused", "lr")
-    optimizer = built([weight], lr=1e-3, **{key: value for key, value in params.items() if key not in unknown})
+    others = ("lr", "fused", *ADAM_SWITCHES)  # the last are DeepSpeed's, and a fused optimizer may need a GPU
+    optimizer = built([weight], lr=1e-3, **{key: value for key, value in params.items() if key not in others})
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     held = sum(x.numel() * x.element_size() for x in optimizer.state[weight].values() if isinstance(x, Tensor) and x.dim())
